@@ -1,0 +1,151 @@
+"""Read and write Hugging Face checkpoint directories, one tensor at a time.
+
+Tensors are named as transformers' modules name them (``model.visual.*``, ``model.language_model.*``). Files of the older
+kind (``visual.*``, ``model.*``: Qwen2-VL and Qwen2.5-VL on the hub) are read under the new names and written back under
+their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Iterable
+
+import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def _modern_name(name: str) -> str:
+    if name.startswith("visual."):
+        return f"model.{name}"
+    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+        return f"model.language_model.{name.removeprefix('model.')}"
+    return name
+
+
+def _legacy_name(name: str) -> str:
+    for modern, legacy in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(modern):
+            return legacy + name.removeprefix(modern)
+    return name
+
+
+class HFCheckpoint:
+    """Lazily read the safetensors files of one checkpoint directory.
+
+    Raises:
+        FileNotFoundError: the directory, its config.json, its weights, or a shard named by the index is missing.
+        ValueError: a file is truncated or is no safetensors file, or a tensor that is asked for is not there.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise FileNotFoundError(f"checkpoint directory {self.directory} does not exist")
+        if not (self.directory / "config.json").is_file():
+            raise FileNotFoundError(f"{self.directory / 'config.json'} is missing; expected a Hugging Face checkpoint "
+                                    "directory (tools/make_tiny_checkpoint.py makes a small one)")
+        self._handles: dict[str, object] = {}
+        self._file_of = self._read_index()
+        self.legacy = any(name.startswith("visual.") for name in self._file_of)
+        self._stored_name = {_modern_name(name): name for name in self._file_of}
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.directory / INDEX
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            for file in sorted(set(weight_map.values())):
+                if not (self.directory / file).is_file():
+                    raise FileNotFoundError(f"{self.directory / file} is missing, but {index} lists it; copy the "
+                                            "checkpoint again")
+            return weight_map
+        if not (self.directory / SINGLE).is_file():
+            raise FileNotFoundError(f"{self.directory} holds neither {SINGLE} nor {INDEX}")
+        return {name: SINGLE for name in self._open(SINGLE).keys()}
+
+    def _open(self, file: str):
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(self.directory / file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self.directory / file} cannot be read ({error}); it is truncated or no "
+                                 "safetensors file: copy it again") from error
+        return self._handles[file]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._stored_name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU, as stored."""
+        stored = self._stored_name.get(name)
+        if stored is None:
+            raise ValueError(f"tensor {name} is missing in {self.directory}; the checkpoint is incomplete or of "
+                             "another model than its config.json says")
+        return self._open(self._file_of[stored]).get_tensor(stored)
+
+
+def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], source: HFCheckpoint,
+                     max_shard_bytes: int = 5 * 2**30) -> None:
+    """Write ``tensors`` (modern names, in any order) as a checkpoint directory like ``source``.
+
+    Configuration, tokenizer and processor files are copied from ``source``; weights are streamed into shards of at most
+    ``max_shard_bytes``. Everything is written into ``out_dir`` + ".tmp" and renamed at the end.
+    """
+    out_dir = Path(out_dir)
+    partial = out_dir.with_name(out_dir.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in sorted(source.directory.iterdir()):
+        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+            shutil.copyfile(file, partial / file.name)
+    _write_shards(partial, tensors, source.legacy, max_shard_bytes)
+    replace_directory(partial, out_dir)
+
+
+def replace_directory(partial: Path, final: Path) -> None:
+    """Put the finished folder ``partial`` in the place of ``final``; an old ``final`` goes only after the rename."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_shards(folder: Path, tensors, legacy: bool, max_shard_bytes: int) -> None:
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, int]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = 0
+
+    def flush():
+        nonlocal pending, pending_bytes
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in pending.items()})
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+        pending[_legacy_name(name) if legacy else name] = tensor.detach().cpu().contiguous()
+        pending_bytes += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(folder / "shard-0", folder / SINGLE)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"shard-{i}", folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(size for shard in shards for size in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,157 @@
+"""A model family behind one description, and the parts that all Qwen-VL families share.
+
+The folder is the registry: ``model_type`` in a checkpoint's config.json names the module here whose ``SPEC`` builds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import nn
+
+from megavg.checkpoint.hf import HFCheckpoint
+from megavg.checkpoint.weight_map import WeightEntry, WeightMap
+from megavg.models.layers.language_model import DecoderDims
+from megavg.models.layers.stage import QwenVLStage
+from megavg.parallel.context import ParallelContext
+from megavg.protocols.plugin import load_module
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What one family adds to the shared stage.
+
+    Attributes:
+        family: HF's ``model_type``.
+        box_format: how its answers write boxes (``megavg.ops.box_text``).
+        qkv_bias, qk_norm: traits of its attention.
+        make_rotary: text configuration -> HF's rotary module.
+        make_vision_tower: vision configuration -> HF's vision tower.
+        vision_features: (tower, pixel_values, grid) -> (features [M, D], deepstack list of [M, D]).
+    """
+
+    family: str
+    box_format: str
+    qkv_bias: bool
+    qk_norm: bool
+    make_rotary: Callable[[Any], nn.Module]
+    make_vision_tower: Callable[[Any], nn.Module]
+    vision_features: Callable[..., tuple[torch.Tensor, list[torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's family and configuration; builds stages and knows their weights.
+
+    Attributes:
+        spec: the family.
+        config: HF's configuration object of the checkpoint.
+        dims: decoder sizes.
+        checkpoint: the directory's tensors.
+    """
+
+    spec: ModelSpec
+    config: Any
+    dims: DecoderDims
+    checkpoint: HFCheckpoint
+
+    def build_stage(self, context: ParallelContext, dtype: torch.dtype) -> QwenVLStage:
+        """This rank's stage on its device, with weights not loaded yet."""
+        self.dims.check(context.tp_size)
+        with torch.device(context.device):
+            stage = QwenVLStage(self.dims, self.config.image_token_id, self.spec.make_rotary(self.config.text_config),
+                                lambda: self._vision_tower(dtype), self.spec.vision_features, context, dtype)
+        for parameter in stage.parameters():
+            if not getattr(parameter, "tensor_model_parallel", False):
+                # DeepSpeed's gradient norm counts a replicated parameter once
+                parameter.model_parallel = context.tp_rank == 0
+        return stage
+
+    def _vision_tower(self, dtype: torch.dtype) -> nn.Module:
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():
+            tower = self.spec.make_vision_tower(self.config.vision_config)
+        for parameter in tower.parameters():  # buffers hold rotary frequencies, which stay fp32
+            parameter.data = parameter.data.to(dtype)
+        return tower
+
+    def weight_map(self, tp_size: int) -> WeightMap:
+        """Every parameter of the whole model and the HF tensors it is made of."""
+        with torch.device("meta"):
+            names = [name for name, _ in self._vision_tower(torch.float32).named_parameters()]
+        return WeightMap([WeightEntry(f"visual.{name}", (f"model.visual.{name}",)) for name in names]
+                         + _decoder_entries(self.dims, tp_size))
+
+    def hf_weights(self, stage: QwenVLStage, context: ParallelContext) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's shard of every parameter of ``stage``, read from the checkpoint one at a time."""
+        weight_map = self.weight_map(context.tp_size)
+        for name, _ in stage.named_parameters():
+            entry = weight_map[name]
+            tensors = [self.checkpoint.read(hf_name) for hf_name in entry.hf_names]
+            yield name, entry.to_megavg(tensors, context.tp_size, context.tp_rank)
+
+
+def load_model(directory: str | Path) -> Model:
+    """Open a checkpoint directory and pick its family by ``model_type``."""
+    from transformers import AutoConfig
+
+    checkpoint = HFCheckpoint(directory)
+    config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    spec = load_module("megavg.models", config.model_type, f"model_type in {checkpoint.directory}/config.json").SPEC
+    text = config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dims = DecoderDims(
+        text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,
+        text.num_key_value_heads, head_dim, text.vocab_size, text.rms_norm_eps, spec.qkv_bias, spec.qk_norm,
+        tie_embeddings=bool(config.tie_word_embeddings))
+    return Model(spec, config, dims, checkpoint)
+
+
+def copy_weights(stage: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Fill a stage that is not partitioned; every parameter must be given once, with its shape."""
+    parameters = dict(stage.named_parameters())
+    missing = set(parameters)
+    with torch.no_grad():
+        for name, tensor in weights:
+            if parameters[name].shape != tensor.shape:
+                raise ValueError(f"{name}: expected shape {tuple(parameters[name].shape)}, got {tuple(tensor.shape)}; "
+                                 "config.json and the weights do not belong together")
+            parameters[name].copy_(tensor)
+            missing.discard(name)
+    if missing:
+        raise ValueError(f"no weights were given for {', '.join(sorted(missing)[:3])} and {len(missing)} in all")
+
+
+def _decoder_entries(dims: DecoderDims, tp_size: int) -> list[WeightEntry]:
+    text = "model.language_model."
+    padded = dims.padded_vocab_size(tp_size)
+    padding = padded if padded != dims.vocab_size else None
+    entries = [WeightEntry("embedding.weight", (f"{text}embed_tokens.weight",), 0, (dims.vocab_size,), padding),
+               WeightEntry("final_norm.weight", (f"{text}norm.weight",))]
+    if not dims.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",), 0, (dims.vocab_size,), padding))
+    query, key = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    for i in range(dims.num_layers):
+        ours, theirs = f"layers.{i}.", f"{text}layers.{i}."
+        for kind in ("weight", "bias") if dims.qkv_bias else ("weight",):
+            names = tuple(f"{theirs}self_attn.{n}_proj.{kind}" for n in "qkv")
+            entries.append(WeightEntry(f"{ours}attention.qkv.{kind}", names, 0, (query, key, key)))
+        if dims.qk_norm:
+            entries += [WeightEntry(f"{ours}attention.query_norm.weight", (f"{theirs}self_attn.q_norm.weight",)),
+                        WeightEntry(f"{ours}attention.key_norm.weight", (f"{theirs}self_attn.k_norm.weight",))]
+        gate_up = tuple(f"{theirs}mlp.{n}_proj.weight" for n in ("gate", "up"))
+        entries += [
+            WeightEntry(f"{ours}attention.out.weight", (f"{theirs}self_attn.o_proj.weight",), 1, (query,)),
+            WeightEntry(f"{ours}feed_forward.gate_up.weight", gate_up, 0, (dims.intermediate_size,) * 2),
+            WeightEntry(f"{ours}feed_forward.down.weight", (f"{theirs}mlp.down_proj.weight",), 1,
+                        (dims.intermediate_size,)),
+            WeightEntry(f"{ours}input_norm.weight", (f"{theirs}input_layernorm.weight",)),
+            WeightEntry(f"{ours}post_norm.weight", (f"{theirs}post_attention_layernorm.weight",)),
+        ]
+    return entries

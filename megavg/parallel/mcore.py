@@ -1,0 +1,101 @@
+"""Set-up of torch.distributed and megatron-core's process groups and layers' configuration."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from megavg.parallel.context import ParallelContext
+
+
+def check_world_size(world_size: int, tensor: int, pipeline: int) -> None:
+    """Refuse a world that the layout does not divide, before anything is started."""
+    if world_size % (tensor * pipeline):
+        raise ValueError(
+            f"world size {world_size} is not divisible by tensor_model_parallel_size * pipeline_model_parallel_size = "
+            f"{tensor} * {pipeline}; change parallel.tensor_model_parallel_size or "
+            "parallel.pipeline_model_parallel_size, or start another number of processes")
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    # DeepSpeed would look for accelerators of other makers and warn; there is none
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return torch.device("cpu")
+
+
+def start_processes(timeout_minutes: float = 30.0) -> torch.device:
+    """Join the process group that the launcher's environment describes; alone when there is no launcher.
+
+    NCCL for CUDA, gloo for CPU. On CPU each process takes its share of the machine's cores.
+    """
+    device = _device()
+    for key, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": "29500"}.items():
+        os.environ.setdefault(key, alone)
+    if not dist.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False,
+                                   timeout=datetime.timedelta(minutes=timeout_minutes))
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return device
+
+
+def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelContext:
+    """Build megatron-core's groups over the running processes and return this process' place in them."""
+    from megatron.core import parallel_state
+
+    check_world_size(dist.get_world_size(), tensor, pipeline)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False)
+    return ParallelContext(
+        world_size=dist.get_world_size(), rank=dist.get_rank(),
+        tp_size=tensor, tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_size=pipeline, pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_size=parallel_state.get_data_parallel_world_size(), dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_group=parallel_state.get_data_parallel_group(), device=device)
+
+
+def layer_config(context: ParallelContext, dtype: torch.dtype):
+    """megatron-core's configuration for its tensor-parallel layers."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    # perform_initialization=False would skip the tensor-parallel marks that the gradient norm counts by
+    return ModelParallelConfig(
+        tensor_model_parallel_size=context.tp_size, use_cpu_initialization=context.device.type == "cpu",
+        perform_initialization=True, params_dtype=dtype, pipeline_dtype=dtype, gradient_accumulation_fusion=False)
+
+
+class DeepSpeedMpu:
+    """megatron-core's parallel_state with the three calls that DeepSpeed expects and megatron-core dropped."""
+
+    def __init__(self, context: ParallelContext):
+        self._context = context
+
+    def __getattr__(self, name):
+        from megatron.core import parallel_state
+
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_group(self):
+        from megatron.core import parallel_state
+
+        return parallel_state.get_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._context.tp_size * self._context.pp_size
+
+    def get_model_parallel_rank(self) -> int:
+        return self._context.pp_rank * self._context.tp_size + self._context.tp_rank

@@ -1,0 +1,114 @@
+"""Tensors that cross rooms. Every shape and unit is defined here.
+
+Legend of shapes: P prompts on this data-parallel rank, G answers per prompt, B = P * G rollouts, T response tokens,
+S tokens of prompt and response, V vocabulary, Vs this rank's rows of it, D hidden width, N scored tokens.
+Rows are ordered by prompt: rollout b answers prompt b // G. Natural logarithms, entropies in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+
+from megavg.protocols.sample import Frame
+
+IGNORE = -100
+"""Target id of a position that is not scored."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One image and question as the model reads them.
+
+    Attributes:
+        input_ids: prompt tokens, image tokens expanded.
+        pixel_values: [num_patches, channels * temporal * patch * patch] fp32, normalised.
+        image_grid_thw: patches along time, height and width.
+        frame: the coordinates of this image that the model's family writes.
+    """
+
+    input_ids: list[int]
+    pixel_values: torch.Tensor
+    image_grid_thw: tuple[int, int, int]
+    frame: Frame
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One micro-batch for the model.
+
+    Attributes:
+        input_ids: [B, S] int64, padded on the right. Attention is causal, so padding is never seen by real tokens.
+        position_ids: [3, B, S] int64, mrope positions (time, height, width).
+        target_ids: [B, S] int64, the token that position s has to predict, IGNORE where nothing is scored.
+        pixel_values: [num_patches, C] in the model's dtype, images in row order.
+        image_grid_thw: [num_images, 3] int64.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    target_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+
+    def as_kwargs(self) -> dict[str, torch.Tensor]:
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the vocabulary op says of each scored token, fp32 and differentiable.
+
+    Attributes:
+        logprobs: [N] or [B, T], log pi(token), nats; self-information is its negative.
+        entropy: same shape, Shannon entropy of the whole next-token distribution, nats.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+@dataclass
+class RolloutBatch:
+    """Answers of this data-parallel rank with their rewards, as an algorithm sees them.
+
+    Attributes:
+        response_ids: [B, T] int64, padded on the right.
+        mask: [B, T] bool, True on valid tokens: up to and including the first end token.
+        rewards: [B] fp32.
+        group_size: G.
+        answer_mask: [B, T] bool, True on digit tokens (the coordinates of the boxes).
+        all_sum: sums a tensor over the data-parallel ranks, so that batch statistics never depend on the layout.
+    """
+
+    response_ids: torch.Tensor
+    mask: torch.Tensor
+    rewards: torch.Tensor
+    group_size: int
+    answer_mask: torch.Tensor | None = None
+    all_sum: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda tensor: tensor)
+
+
+@dataclass(frozen=True)
+class PolicySignal:
+    """Everything the loss needs beside the new log-probs; [B, T], detached.
+
+    Attributes:
+        advantages: per token, already reshaped by the algorithm.
+        coefficients: per token share of the loss; they sum the whole optimiser batch to its mean, 0 drops a token.
+        old_logprobs: of the behaviour policy.
+        reference_logprobs: of the frozen reference, or None.
+    """
+
+    advantages: torch.Tensor
+    coefficients: torch.Tensor
+    old_logprobs: torch.Tensor
+    reference_logprobs: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> "PolicySignal":
+        """The rollouts ``start:stop``."""
+        reference = self.reference_logprobs
+        return PolicySignal(self.advantages[start:stop], self.coefficients[start:stop], self.old_logprobs[start:stop],
+                            None if reference is None else reference[start:stop])
