@@ -3,63 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import Iterator
 
 import torch
 from torch import nn
 
 from megavg.parallel.context import ParallelContext
+from megavg.protocols.options import OptimizerConfig, ZeroConfig
 
 _GATHER_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class ZeroConfig:
-    """How ZeRO-3 partitions and communicates; sizes in elements, as DeepSpeed counts them.
-
-    Attributes:
-        param_persistence_threshold: smaller parameters stay whole on every rank.
-        prefetch_bucket_size: how far ahead parameters are gathered.
-        reduce_bucket_size: gradients are reduced in buckets of this size.
-        overlap_comm: reduce gradients beside the backward (CUDA).
-    """
-
-    param_persistence_threshold: int = 100_000
-    prefetch_bucket_size: int = 50_000_000
-    reduce_bucket_size: int = 50_000_000
-    overlap_comm: bool = False
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW. ``gradient_clipping`` bounds the global norm over all ranks; 0 switches it off."""
-
-    lr: float = 1e-6
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    betas: tuple[float, ...] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    gradient_clipping: float = 1.0
-
-    def __post_init__(self):
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"schedule={self.schedule!r} is not one of constant, linear, cosine")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas={self.betas} must be two numbers")
-        if self.lr <= 0:
-            raise ValueError(f"lr={self.lr} must be above 0")
-
-    def lr_at(self, step: int, num_steps: int) -> float:
-        """Learning rate of 0-based ``step``: linear warm-up, then constant, or linear / cosine to zero."""
-        import math
-
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
-        return self.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-            self.schedule]
 
 
 def deepspeed_config(zero: ZeroConfig, gradient_clipping: float, dtype: torch.dtype) -> dict:

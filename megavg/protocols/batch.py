@@ -43,8 +43,10 @@ class ModelInputs:
         input_ids: [B, S] int64, padded on the right. Attention is causal, so padding is never seen by real tokens.
         position_ids: [3, B, S] int64, mrope positions (time, height, width).
         target_ids: [B, S] int64, the token that position s has to predict, IGNORE where nothing is scored.
-        pixel_values: [num_patches, C] in the model's dtype, images in row order.
+        pixel_values: [num_patches, C] in the model's dtype; an image that several rows share comes once.
         image_grid_thw: [num_images, 3] int64.
+        feature_index: [num_image_tokens] int64; for each image token, rows first, which of the image features
+            (those of all images one after the other) stands there.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +54,7 @@ class ModelInputs:
     target_ids: torch.Tensor
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
+    feature_index: torch.Tensor
 
     def as_kwargs(self) -> dict[str, torch.Tensor]:
         return dict(self.__dict__)
@@ -97,18 +100,21 @@ class PolicySignal:
 
     Attributes:
         advantages: per token, already reshaped by the algorithm.
-        coefficients: per token share of the loss; they sum the whole optimiser batch to its mean, 0 drops a token.
+        coefficients: share of each token in the mean over the whole optimiser batch, 0 on padding.
+        weights: what the algorithm multiplies each token's loss by, 0 drops it; the entropy bonus ignores it.
         old_logprobs: of the behaviour policy.
         reference_logprobs: of the frozen reference, or None.
     """
 
     advantages: torch.Tensor
     coefficients: torch.Tensor
+    weights: torch.Tensor
     old_logprobs: torch.Tensor
     reference_logprobs: torch.Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "PolicySignal":
         """The rollouts ``start:stop``."""
         reference = self.reference_logprobs
-        return PolicySignal(self.advantages[start:stop], self.coefficients[start:stop], self.old_logprobs[start:stop],
+        return PolicySignal(self.advantages[start:stop], self.coefficients[start:stop], self.weights[start:stop],
+                            self.old_logprobs[start:stop],
                             None if reference is None else reference[start:stop])

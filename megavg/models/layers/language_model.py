@@ -88,18 +88,18 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos[:, None] + turned * sin[:, None]
 
 
-def _zeros(weight: torch.Tensor) -> torch.Tensor:
+def zeros_(weight: torch.Tensor) -> torch.Tensor:
     # weights always come from a checkpoint; megatron-core needs some initialisation to set its marks
     return nn.init.zeros_(weight)
 
 
 def _column(inputs: int, outputs: int, bias: bool, config) -> nn.Module:
-    return tensor_parallel.ColumnParallelLinear(inputs, outputs, config=config, init_method=_zeros, bias=bias,
+    return tensor_parallel.ColumnParallelLinear(inputs, outputs, config=config, init_method=zeros_, bias=bias,
                                                 gather_output=False)
 
 
 def _row(inputs: int, outputs: int, config) -> nn.Module:
-    return tensor_parallel.RowParallelLinear(inputs, outputs, config=config, init_method=_zeros, bias=False,
+    return tensor_parallel.RowParallelLinear(inputs, outputs, config=config, init_method=zeros_, bias=False,
                                              input_is_parallel=True, skip_bias_add=False)
 
 

@@ -33,5 +33,5 @@ class LMHead(nn.Module):
         return scores.logprobs, scores.entropy
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, D] -> this rank's logits [N, number of its real tokens], fp32."""
-        return torch.mm(hidden, self.weight[:self.shard.num_valid].t()).float()
+        """hidden [N, D] -> this rank's logits [N, Vs], fp32; for the few positions that are sampled."""
+        return torch.mm(hidden, self.weight.t()).float()

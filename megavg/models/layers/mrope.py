@@ -75,8 +75,8 @@ def _image_starts(is_image: list[bool], grids: list[tuple[int, int]]) -> list[in
         start = is_image.index(True, cursor)
         cursor = start + height * width
         if not all(is_image[start:cursor]):
-            raise ValueError(f"image {number} has fewer than {height * width} image tokens in a row from token {start}; "
-                             "are the grids in the order of the images?")
+            raise ValueError(f"image {number} has fewer than {height * width} image tokens in a row from token "
+                             f"{start}; are the grids in the order of the images?")
         starts.append(start)
     return starts
 

@@ -8,7 +8,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import nn
 
-from megavg.models.layers.language_model import Attend, DecoderDims, DecoderLayer, RMSNorm, _zeros, causal_attention
+from megavg.models.layers.language_model import Attend, DecoderDims, DecoderLayer, RMSNorm, causal_attention, zeros_
 from megavg.models.layers.lm_head import LMHead
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.mcore import layer_config
@@ -45,7 +45,7 @@ class QwenVLStage(nn.Module):
         padded = dims.padded_vocab_size(context.tp_size)
         if self.has_embedding:
             self.embedding = tensor_parallel.VocabParallelEmbedding(
-                padded, dims.hidden_size, init_method=_zeros, config=layer_config(context, dtype))
+                padded, dims.hidden_size, init_method=zeros_, config=layer_config(context, dtype))
             self.visual = make_vision_tower()
         layers = layer_range(dims.num_layers, context.pp_size, context.pp_rank)
         self.layers = nn.ModuleDict({str(i): DecoderLayer(i, dims, context, dtype) for i in layers})
@@ -54,15 +54,18 @@ class QwenVLStage(nn.Module):
             self.final_norm = RMSNorm(dims.hidden_size, dims.norm_eps, dtype)
             self.head = LMHead(dims.hidden_size, dims.vocab_size, padded, context, dtype, tied)
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor):
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor,
+              feature_index: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Token embeddings with image features in place, and the deepstack's additions: ([B, S, D], [[B, S, D]])."""
         x = self.embedding(input_ids)
         is_image = (input_ids == self.image_token_id)[..., None]
+        if int(is_image.sum()) != feature_index.shape[0]:
+            raise ValueError(f"{int(is_image.sum())} image tokens in the batch but {feature_index.shape[0]} are "
+                             "expected; the processor and the model disagree on the image token")
         features, deepstack = self.vision_features(self.visual, pixel_values, image_grid_thw)
-        if int(is_image.sum()) != features.shape[0]:
-            raise ValueError(f"{int(is_image.sum())} image tokens in the batch but {features.shape[0]} image features")
-        x = x.masked_scatter(is_image, features.to(x.dtype))
-        return x, [torch.zeros_like(x).masked_scatter(is_image, extra.to(x.dtype)) for extra in deepstack]
+        features, *deepstack = (f[feature_index].to(x.dtype) for f in (features, *deepstack))
+        x = x.masked_scatter(is_image, features)
+        return x, [torch.zeros_like(x).masked_scatter(is_image, extra) for extra in deepstack]
 
     def decode(self, x: torch.Tensor, position_ids: torch.Tensor, attend: Attend = causal_attention,
                deepstack: list[torch.Tensor] = ()) -> torch.Tensor:
@@ -74,7 +77,7 @@ class QwenVLStage(nn.Module):
                 x = x + deepstack[int(name)]
         return self.final_norm(x) if self.has_head else x
 
-    def forward(self, input_ids, position_ids, target_ids, pixel_values, image_grid_thw, hidden=None,
+    def forward(self, input_ids, position_ids, target_ids, pixel_values, image_grid_thw, feature_index, hidden=None,
                 temperature: float = 1.0):
         """One micro-batch (fields of ``ModelInputs``).
 
@@ -83,7 +86,7 @@ class QwenVLStage(nn.Module):
         """
         deepstack = []
         if self.has_embedding:
-            hidden, deepstack = self.embed(input_ids, pixel_values, image_grid_thw)
+            hidden, deepstack = self.embed(input_ids, pixel_values, image_grid_thw, feature_index)
         hidden = self.decode(hidden, position_ids, deepstack=deepstack)
         if not self.has_head:
             return hidden

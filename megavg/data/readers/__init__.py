@@ -1,0 +1,1 @@
+"""Readers of annotated picture collections: each module turns one file format into ``Sample``s."""

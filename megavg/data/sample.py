@@ -1,0 +1,196 @@
+"""Turn a shard's record into a ``Sample`` and back, and refuse a record that would teach the model something wrong.
+
+A record is one image member and one JSON member of a webdataset tar that share a key::
+
+    <key>.png | .jpg | .jpeg | .webp
+    <key>.json   {"id": "...", "width": 640, "height": 480, "expression": "the red circle",
+                  "boxes_xyxy_px": [[x0, y0, x1, y1], ...], ...anything else: Sample.meta}
+
+Boxes refer to the pixels AS STORED: an EXIF orientation is not applied, so a picture that a viewer shows rotated keeps
+the width and height of its file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from megavg.protocols.sample import Box, Sample
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+RECORD_FIELDS = ("id", "width", "height", "expression", "boxes_xyxy_px")
+REASONS = ("bad json", "missing field", "missing image", "empty box", "box outside image", "broken image",
+           "size mismatch", "bad key", "torn shard")
+
+# webdataset cuts a member's name at its first dot, and a plain tar header holds 100 characters.
+_KEY = re.compile(r"(?!__)[A-Za-z0-9_\-/]{1,92}")
+
+
+class SampleError(ValueError):
+    """A record that cannot be used: ``shard``, ``key``, ``reason`` (one of ``REASONS``, to count) and ``detail``."""
+
+    def __init__(self, shard: str, key: str, reason: str, detail: str):
+        super().__init__(shard, key, reason, detail)
+        self.shard, self.key, self.reason, self.detail = shard, key, reason, detail
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.shard, self.key and f"sample {self.key!r}") if part)
+        return f"{where}: {self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """The undecoded members of one sample: ``files`` maps a suffix ("png", "json") to bytes.
+
+    ``index`` counts the records of ``shard`` from 0, so (shard, index) names a record even where keys repeat.
+    """
+
+    shard: str
+    key: str
+    index: int
+    files: dict[str, bytes]
+
+
+def parse_record(record: RawRecord) -> Sample:
+    """Read the JSON of ``record`` and check it; the image stays undecoded (``Sample.image`` is None).
+
+    Raises:
+        SampleError: no JSON or image member, a missing or ill-typed field, or a box that is empty or outside.
+    """
+    if "json" not in record.files:
+        raise SampleError(record.shard, record.key, "missing field",
+                          f"no .json member, only {sorted(record.files)}")
+    try:
+        fields = json.loads(record.files["json"])
+    except (ValueError, RecursionError) as error:
+        raise SampleError(record.shard, record.key, "bad json", f"the .json member does not parse ({error})") from error
+    if not isinstance(fields, dict):
+        raise SampleError(record.shard, record.key, "bad json", f"expected an object, got {type(fields).__name__}")
+    if _image_suffix(record) is None:
+        raise SampleError(record.shard, record.key, "missing image",
+                          f"expected a member ending in one of {IMAGE_SUFFIXES}, got {sorted(record.files)}")
+    return sample_from_fields(fields, record.shard, record.key)
+
+
+def sample_from_fields(fields: dict[str, Any], shard: str, key: str, image: Image.Image | None = None) -> Sample:
+    """Build a checked ``Sample`` from the fields of a record; ``key`` stands in when the record has no "id".
+
+    Raises:
+        SampleError: naming ``shard`` and ``key``, when a field is missing, ill-typed or a box is wrong.
+    """
+    for name in RECORD_FIELDS[1:]:
+        if name not in fields:
+            raise SampleError(shard, key, "missing field", f"{name!r} is not among {sorted(fields)}")
+    for name in ("width", "height"):
+        size = fields[name]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise SampleError(shard, key, "bad json", f"{name} must be a whole number of pixels, got {size!r}")
+    expression = fields["expression"]
+    if not isinstance(expression, str) or not expression.strip():
+        raise SampleError(shard, key, "missing field", f"expression must be a text, got {expression!r}")
+    boxes = check_boxes(fields["boxes_xyxy_px"], fields["width"], fields["height"], shard, key)
+    meta = {name: value for name, value in fields.items() if name not in RECORD_FIELDS}
+    return Sample(str(fields.get("id", key)), shard, image, fields["width"], fields["height"], expression, boxes, meta)
+
+
+def check_boxes(boxes: Any, width: int, height: int, shard: str, key: str) -> tuple[Box, ...]:
+    """Return ``boxes`` as tuples of floats, each with x1 > x0 and y1 > y0 inside [0, width] x [0, height] pixels.
+
+    Raises:
+        SampleError: "missing field" (no box), "bad json" (not four finite numbers), "empty box", "box outside image".
+    """
+    if not isinstance(boxes, (list, tuple)) or not boxes:
+        raise SampleError(shard, key, "missing field", f"boxes_xyxy_px must hold at least one box, got {boxes!r}")
+    checked = []
+    for box in boxes:
+        numbers = [_finite(value) for value in box] if isinstance(box, (list, tuple)) else []
+        if len(numbers) != 4 or None in numbers:
+            raise SampleError(shard, key, "bad json",
+                              f"a box is four finite numbers x0, y0, x1, y1 in pixels, got {box!r}")
+        x0, y0, x1, y1 = numbers
+        if x1 <= x0 or y1 <= y0:
+            raise SampleError(shard, key, "empty box", f"expected x1 > x0 and y1 > y0, got {box!r}")
+        if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+            raise SampleError(shard, key, "box outside image", f"{box!r} leaves the {width} x {height} image")
+        checked.append((x0, y0, x1, y1))
+    return tuple(checked)
+
+
+def decode_image(data: bytes, width: int, height: int, shard: str, key: str) -> Image.Image:
+    """Decode ``data`` completely to RGB, as stored (no EXIF rotation), and compare its size with the record's.
+
+    Raises:
+        SampleError: "broken image" or "size mismatch".
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
+            image = opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise SampleError(shard, key, "broken image", f"{len(data)} bytes are no PNG, JPEG or WebP image") from error
+    except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
+        raise SampleError(shard, key, "broken image",
+                          f"{len(data)} bytes do not decode ({type(error).__name__}: {error})") from error
+    if image.size != (width, height):
+        raise SampleError(shard, key, "size mismatch",
+                          f"the record says {width} x {height}, the stored image is {image.width} x {image.height}")
+    return image
+
+
+def with_image(sample: Sample, record: RawRecord) -> Sample:
+    """Return ``sample`` (from ``parse_record(record)``) with its image decoded; raises as ``decode_image``."""
+    data = record.files[_image_suffix(record)]
+    image = decode_image(data, sample.width, sample.height, record.shard, record.key)
+    return dataclasses.replace(sample, image=image)
+
+
+def check_sample(sample: Sample) -> None:
+    """Raise ``SampleError`` unless ``sample`` can be written to a shard and read back as it is."""
+    if not _KEY.fullmatch(sample.key):
+        raise SampleError(sample.shard, sample.key, "bad key",
+                          "a key is 1 to 92 of the characters A-Z a-z 0-9 _ - / and does not start with '__'")
+    clash = sorted(set(sample.meta) & set(RECORD_FIELDS))
+    if clash:
+        raise SampleError(sample.shard, sample.key, "bad json", f"meta may not use the record's own names {clash}")
+    sample_from_fields(_fields(sample), sample.shard, sample.key)
+    record_json(sample)
+    if not isinstance(sample.image, Image.Image) or sample.image.mode != "RGB":
+        raise SampleError(sample.shard, sample.key, "missing image", f"expected an RGB picture, got {sample.image!r}")
+    if sample.image.size != (sample.width, sample.height):
+        raise SampleError(sample.shard, sample.key, "size mismatch",
+                          f"the sample says {sample.width} x {sample.height}, its image is {sample.image.size}")
+
+
+def record_json(sample: Sample) -> bytes:
+    """The JSON member of ``sample``: sorted keys, UTF-8, floats written so that they read back bit-equal."""
+    try:
+        text = json.dumps(_fields(sample), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SampleError(sample.shard, sample.key, "bad json", f"meta does not fit into JSON ({error})") from error
+    return text.encode("utf-8")
+
+
+def _fields(sample: Sample) -> dict[str, Any]:
+    return {**sample.meta, "id": sample.key, "width": sample.width, "height": sample.height,
+            "expression": sample.expression, "boxes_xyxy_px": [list(box) for box in sample.boxes_xyxy_px]}
+
+
+def _image_suffix(record: RawRecord) -> str | None:
+    return next((suffix for suffix in IMAGE_SUFFIXES if suffix in record.files), None)
+
+
+def _finite(value: Any) -> float | None:
+    """``value`` as a float, or None where it is no finite number (a bool is none)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

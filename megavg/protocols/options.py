@@ -1,0 +1,86 @@
+"""Options that several rooms share: plain dataclasses of the standard library, read straight from the configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """How ZeRO-3 partitions and communicates; sizes in elements, as DeepSpeed counts them.
+
+    Attributes:
+        param_persistence_threshold: smaller parameters stay whole on every rank.
+        prefetch_bucket_size: how far ahead parameters are gathered.
+        reduce_bucket_size: gradients are reduced in buckets of this size.
+        overlap_comm: reduce gradients beside the backward (CUDA).
+    """
+
+    param_persistence_threshold: int = 100_000
+    prefetch_bucket_size: int = 50_000_000
+    reduce_bucket_size: int = 50_000_000
+    overlap_comm: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+        lr: peak learning rate.
+        warmup_steps: steps of linear rise to it.
+        schedule: what comes after: constant, or linear / cosine down to zero at the last step.
+        betas, eps, weight_decay: AdamW's; vectors (norms, biases) do not decay.
+        gradient_clipping: bound of the global gradient norm over all ranks; 0 switches it off.
+    """
+
+    lr: float = 1e-6
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    gradient_clipping: float = 1.0
+
+    def __post_init__(self):
+        if len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas} must be two numbers")
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr} must be above 0")
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of 0-based ``step``: linear warm-up, then constant, or linear / cosine to zero."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
+        return self.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+            self.schedule]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How answers are sampled.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: keep the smallest set of tokens that holds this share of the probability.
+        top_k: keep this many tokens; 0 keeps all.
+        max_new_tokens: longest answer, the end token included.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 64
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (all) or more")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")

@@ -1,0 +1,29 @@
+"""Train a Qwen-VL model: ``deepspeed megavg/train.py --config FILE [section.key=value ...]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if not __package__:  # started as a file: the repository root takes the place of this folder on the path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    from megavg.trainer.config import parse_command_line
+
+    try:
+        config = parse_command_line(argv)
+        from megavg.trainer.trainer import Trainer
+
+        trainer = Trainer(config)
+    except (ValueError, FileNotFoundError) as error:  # what a user can mend: one message, no traceback
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    trainer.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

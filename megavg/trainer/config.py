@@ -1,0 +1,249 @@
+"""The configuration of a run: every section, every option, and how the command line becomes one of these.
+
+Nothing here imports torch, so ``--help`` and a typo are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megavg.protocols.config import ConfigError, apply_overrides, build, read_yaml, to_tree
+from megavg.protocols.options import OptimizerConfig, SamplingParams, ZeroConfig
+from megavg.protocols.plugin import load_module
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The starting model.
+
+    Attributes:
+        path: Hugging Face checkpoint directory of a Qwen-VL model.
+        dtype: of parameters and activations; optimiser state is fp32 either way.
+        min_pixels, max_pixels: limits of an image after the resize; None takes the checkpoint's own.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout; what is left of the world after tensor and pipeline parallelism is data parallelism.
+
+    Attributes:
+        tensor_model_parallel_size: ranks that share every layer.
+        pipeline_model_parallel_size: stages; more than 1 is not there yet.
+        zero: how ZeRO-3 partitions over the data-parallel ranks.
+        timeout_minutes: a collective that waits longer ends the run.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    timeout_minutes: float = 30.0
+
+    def __post_init__(self):
+        if self.tensor_model_parallel_size < 1:
+            raise ValueError(f"tensor_model_parallel_size={self.tensor_model_parallel_size} must be at least 1")
+        if self.pipeline_model_parallel_size != 1:
+            raise ValueError(f"pipeline_model_parallel_size={self.pipeline_model_parallel_size}: generation over "
+                             "pipeline stages is not there yet; set it to 1 and use tensor parallelism")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training prompts.
+
+    Attributes:
+        shards: webdataset tars: paths, globs, brace ranges or folders.
+        prompts_per_step: P of the whole optimiser batch, over all ranks.
+        prompt: the question; ``{expression}`` is replaced by the sample's.
+        shuffle_buffer: records held to shuffle among.
+        on_error: ``raise`` on a broken record, or ``skip`` and count it.
+        max_skipped: more skipped records than this end the run.
+    """
+
+    shards: list[str]
+    prompts_per_step: int = 16
+    prompt: str = 'Locate {expression} in the image. Answer with JSON: {{"bbox_2d": [x1, y1, x2, y2]}}.'
+    shuffle_buffer: int = 1000
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skipped: int = 100
+
+    def __post_init__(self):
+        try:
+            if "EXPRESSION" not in self.prompt.format(expression="EXPRESSION"):
+                raise ValueError("it does not hold {expression}")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"prompt={self.prompt!r} cannot be filled in ({error}); write {{expression}} where the "
+                             "expression goes and double every other brace") from error
+
+    def question(self, expression: str) -> str:
+        """The text that goes with the image."""
+        return self.prompt.format(expression=expression)
+
+
+@dataclass(frozen=True)
+class RolloutConfig(SamplingParams):
+    """How answers are sampled in training.
+
+    Attributes:
+        group_size: G answers per prompt.
+        prompts_per_pass: prompts generated for at once on a rank; bounds the memory of the cache.
+    """
+
+    group_size: int = 8
+    prompts_per_pass: int = 16
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Greedy evaluation on held-out shards.
+
+    Attributes:
+        sets: name -> list of shards.
+        at_start, at_end: evaluate before the first and after the last step.
+        every: evaluate every so many steps; 0 never.
+        limit: at most so many samples of each set; 0 takes all.
+        pictures: samples drawn in the picture of each set.
+    """
+
+    sets: dict = field(default_factory=dict)
+    at_start: bool = True
+    at_end: bool = True
+    every: int = 0
+    limit: int = 0
+    pictures: int = 12
+
+    def __post_init__(self):
+        for name, shards in self.sets.items():
+            if not isinstance(shards, list) or not all(isinstance(s, str) for s in shards):
+                raise ValueError(f"sets.{name}: expected a list of shards, got {shards!r}")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop.
+
+    Attributes:
+        output_dir: where everything of the run goes.
+        num_steps: optimiser batches.
+        micro_batch_size: answers per forward and backward on a rank; the result does not depend on it.
+        updates_per_batch: optimiser steps on the same answers.
+        seed: of the data order and of sampling.
+        save_every: steps between checkpoints; 0 saves none. The last ``keep_last`` are kept.
+        resume: go on from the newest checkpoint in ``output_dir``, if there is one.
+        overwrite: start anew in an ``output_dir`` that holds a run, whose files are removed.
+        export_hf: write the trained model to ``output_dir``/hf at the end.
+        log_every: steps between plain lines where there is no terminal.
+        picture_every: steps between pictures of answers; 0 draws none.
+        tensorboard: write TensorBoard events.
+    """
+
+    output_dir: str
+    num_steps: int = 100
+    micro_batch_size: int = 8
+    updates_per_batch: int = 1
+    seed: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+    resume: bool = False
+    overwrite: bool = False
+    export_hf: bool = True
+    log_every: int = 10
+    picture_every: int = 50
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        for name in ("num_steps", "micro_batch_size", "updates_per_batch", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite cannot both be true")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole configuration. ``algorithm`` is the ``Config`` of the class that ``algorithm.name`` names."""
+
+    model: ModelConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    algorithm_name: str
+    algorithm: Any
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: list[dict] = field(default_factory=lambda: [{"name": "iou"}])
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def tree(self) -> dict:
+        """The resolved configuration as it can be written to YAML and read again."""
+        tree = to_tree(self)
+        tree["algorithm"] = {"name": tree.pop("algorithm_name"), **tree["algorithm"]}
+        return tree
+
+
+def algorithm_class(name: str):
+    """The class that ``algorithm.name`` names; no torch is imported for those of the package."""
+    module = load_module("megavg.algorithms", name, "algorithm.name")
+    if not hasattr(module, "ALGORITHM"):
+        raise ConfigError(f"algorithm.name={name!r}: module {module.__name__} defines no ALGORITHM")
+    return module.ALGORITHM
+
+
+def resolve(tree: dict) -> RunConfig:
+    """Check a whole configuration tree, plug-ins' options included."""
+    from megavg.rewards.base import load_rewards
+
+    tree = dict(tree)
+    algorithm = tree.pop("algorithm", None) or {}
+    if not isinstance(algorithm, dict) or not isinstance(algorithm.get("name"), str):
+        raise ConfigError("missing option algorithm.name; grpo is the plain choice")
+    options = {key: value for key, value in algorithm.items() if key != "name"}
+    try:
+        cls = algorithm_class(algorithm["name"])
+        options = build(cls.Config, options, "algorithm")
+        sections = {f.name for f in dataclasses.fields(RunConfig)} - {"algorithm_name", "algorithm"}
+        for key in tree:
+            if key not in sections:
+                from megavg.protocols.plugin import nearest
+
+                raise ConfigError(f"unknown section {key}{nearest(key, sections | {'algorithm'})}")
+        config = build(RunConfig, {**tree, "algorithm_name": algorithm["name"], "algorithm": options})
+        load_rewards(config.rewards)
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    if cls.uses_rollouts and config.rollout.group_size < 2:
+        raise ConfigError(f"rollout.group_size={config.rollout.group_size}: {algorithm['name']} compares answers to one "
+                          "prompt and needs at least 2")
+    return config
+
+
+def parse_command_line(argv: list[str] | None = None) -> RunConfig:
+    """``--config FILE section.key=value ...`` -> the checked configuration."""
+    parser = argparse.ArgumentParser(
+        prog="deepspeed megavg/train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a Qwen-VL model for visual grounding.",
+        epilog="Example:\n  deepspeed --num_gpus 2 megavg/train.py --config examples/demo.yaml "
+               "parallel.tensor_model_parallel_size=2 algorithm.name=ecvgpo\n\n"
+               "Sections: model, parallel, data, rollout, rewards, algorithm, optimizer, evaluation, trainer.\n"
+               "Every option is documented in megavg/trainer/config.py; an unknown one is an error.")
+    parser.add_argument("--config", required=True, help="YAML file with the run's options")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by the launcher
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set after the file is read")
+    arguments = parser.parse_intermixed_args(argv)
+    return resolve(apply_overrides(read_yaml(arguments.config), arguments.overrides))
+
+
+def save_resolved(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved configuration as YAML."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(config.tree(), sort_keys=False))
