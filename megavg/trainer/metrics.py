@@ -1,0 +1,78 @@
+"""Figures of one optimiser batch, over all ranks, and the time of its phases."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from megavg.parallel.context import ParallelContext
+from megavg.protocols.batch import RolloutBatch, TokenScores
+from megavg.trainer.rollouts import Judgement
+
+
+class PhaseClock:
+    """Seconds spent in each phase of a step; on CUDA the work of a phase is waited for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def reset(self) -> None:
+        self.laps, self._last = {}, time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """End ``phase``, which began at the last lap."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.monotonic()
+        self.laps[f"time/{phase}"] = now - self._last
+        self._last = now
+
+    def tensor(self, value: float) -> torch.Tensor:
+        """A number where a collective can take it."""
+        return torch.tensor(float(value), device=self.device)
+
+
+def batch_metrics(batch: RolloutBatch, stats: TokenScores | None, entropy_sums: list,
+                  sampling_logprobs: torch.Tensor | None) -> dict[str, float]:
+    """Entropy, self-information and lengths over the whole optimiser batch.
+
+    ``entropy/mean`` is the mean token entropy in nats under the policy being updated. ``rollout/logprob_gap`` is the
+    largest difference between log-probs reported while sampling and the scorer's: far above 1e-4 in fp32 means that
+    generation and training disagree.
+    """
+    mask = batch.mask
+    sums = [mask.sum().float(), torch.tensor(float(mask.shape[0]), device=mask.device), torch.stack(entropy_sums).sum()]
+    if stats is not None:
+        sums += [(-stats.logprobs * mask).sum()]
+    total = batch.all_sum(torch.stack([value.float() for value in sums]))
+    metrics = {"entropy/mean": float(total[2] / total[0]), "response/length": float(total[0] / total[1])}
+    if stats is not None:
+        metrics["entropy/self_information"] = float(total[3] / total[0])
+        if sampling_logprobs is not None:
+            gap = (stats.logprobs - sampling_logprobs.to(stats.logprobs)).abs() * mask
+            metrics["rollout/logprob_gap"] = float(gap.max())
+    return metrics
+
+
+def judgement_metrics(judgement: Judgement, context: ParallelContext) -> dict:
+    """Mean rewards, IoU and the share that parses, and the reasons for the rewards, over all ranks."""
+    parts = context.gather_rows([{
+        "count": len(judgement.rewards), "reward": sum(judgement.rewards),
+        "iou": sum(row["iou"] for row in judgement.rows), "parsed": sum(row["parsed"] for row in judgement.rows),
+        "terms": {name: mean * len(judgement.rewards) for name, mean in judgement.term_means.items()},
+        "reasons": dict(judgement.reasons)}])
+    count = sum(part["count"] for part in parts)
+    reasons: dict[str, int] = {}
+    for part in parts:
+        for reason, number in part["reasons"].items():
+            reasons[reason] = reasons.get(reason, 0) + number
+    return {
+        "reward/mean": sum(part["reward"] for part in parts) / count,
+        "iou/mean": sum(part["iou"] for part in parts) / count,
+        "reward/parse_rate": sum(part["parsed"] for part in parts) / count,
+        **{f"reward/{name}": sum(part["terms"][name] for part in parts) / count for name in judgement.term_means},
+        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
+    }

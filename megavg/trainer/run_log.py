@@ -1,0 +1,122 @@
+"""What a run leaves behind: metrics.jsonl (the source of truth), TensorBoard, pictures, and the console."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_SHOWN = ("loss", "reward/mean", "iou/mean", "entropy/mean", "eval/acc", "tokens_per_second")
+_SHORT = {"reward/mean": "reward", "iou/mean": "IoU", "entropy/mean": "entropy", "tokens_per_second": "tok/s"}
+
+
+class RunLog:
+    """Writes on one process and is silent on the others.
+
+    Args:
+        folder: the run's output folder.
+        is_writer: whether this process writes.
+        num_steps: for the progress display.
+        start_step: lines of metrics.jsonl after this step are dropped, as a resumed run writes them again.
+        log_every: steps between plain lines where the console is no terminal.
+    """
+
+    def __init__(self, folder: Path, is_writer: bool, num_steps: int, start_step: int, log_every: int,
+                 tensorboard: bool):
+        self.folder, self.is_writer, self.num_steps, self.log_every = Path(folder), is_writer, num_steps, log_every
+        self._board = self._progress = None
+        self._started, self._start_step = time.monotonic(), start_step
+        if not is_writer:
+            return
+        path = self.folder / "metrics.jsonl"
+        _keep_steps(path, start_step)
+        self._metrics = path.open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        if sys.stdout.isatty():
+            self._progress = _progress_bar(num_steps, start_step)
+
+    def say(self, text: str) -> None:
+        """One line to the console."""
+        if self.is_writer:
+            print(f"[megavg] {text}", flush=True)
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl and send its numbers to TensorBoard; ``step`` counts from 1."""
+        if not self.is_writer:
+            return
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+
+    def progress(self, step: int, values: dict[str, Any]) -> None:
+        """Show where the training is: a bar on a terminal, a line now and then elsewhere."""
+        if not self.is_writer:
+            return
+        shown = "  ".join(f"{_SHORT.get(name, name)} {_format(values[name])}" for name in _SHOWN if name in values)
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step, figures=shown)
+        elif step % self.log_every == 0 or step in (self._start_step + 1, self.num_steps):
+            done = step - self._start_step
+            left = (time.monotonic() - self._started) / done * (self.num_steps - step)
+            self.say(f"step {step}/{self.num_steps}  {shown}  {left:.0f} s left")
+
+    def picture(self, step: int, name: str, image) -> Path | None:
+        """Keep a PIL image as PNG and in TensorBoard."""
+        if not self.is_writer:
+            return None
+        path = self.folder / "pictures" / f"{name.replace('/', '_')}-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        if self._board is not None:
+            import numpy
+
+            self._board.add_image(name, numpy.asarray(image), step, dataformats="HWC")
+        return path
+
+    def close(self) -> None:
+        if not self.is_writer:
+            return
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON beside and rename."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _keep_steps(path: Path, last_step: int) -> None:
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= last_step]
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(line + "\n" for line in kept))
+    os.replace(partial, path)
+
+
+def _format(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+
+
+def _progress_bar(num_steps: int, start_step: int):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    progress = Progress(TextColumn("[megavg]"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                        TextColumn("{task.fields[figures]}"))
+    progress.add_task("training", total=num_steps, completed=start_step, figures="")
+    progress.start()
+    return progress

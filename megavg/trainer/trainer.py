@@ -1,0 +1,214 @@
+"""The loop in verbs: sample prompts, roll out, judge, score, update, report."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megavg.checkpoint.train_state import checkpoints, read_train_state, save_train_state
+from megavg.data.shards import PromptSource
+from megavg.evaluation.draw import panel
+from megavg.parallel.mcore import make_context, start_processes
+from megavg.protocols.batch import RolloutBatch, TokenScores
+from megavg.rewards.base import load_rewards
+from megavg.trainer.config import RunConfig, algorithm_class, save_resolved
+from megavg.trainer.evaluator import Evaluator, answer_tile, result_path
+from megavg.trainer.metrics import PhaseClock, batch_metrics, judgement_metrics
+from megavg.trainer.policy import Policy
+from megavg.trainer.rollouts import Judgement, Rollouts, encode, judge, to_batch, written_answers
+from megavg.trainer.run_log import RunLog, write_json
+from megavg.trainer.step import make_signal, micro_batch_loss, micro_batches
+
+
+class Trainer:
+    """One run, on every process of it."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.settings = config, config.trainer
+        parallel = config.parallel
+        device = start_processes(parallel.timeout_minutes)
+        self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device)
+        self.folder = Path(self.settings.output_dir)
+        self.algorithm = algorithm_class(config.algorithm_name)(config.algorithm)
+        self.rewards = load_rewards(config.rewards)
+        self.source = PromptSource(
+            config.data.shards, config.data.prompts_per_step, self.settings.seed, self.context.dp_rank,
+            self.context.dp_size, config.data.shuffle_buffer, config.data.on_error, config.data.max_skipped)
+        self._prepare_folder()
+        self.policy = Policy(config.model, config.optimizer, parallel.zero, self.context,
+                             with_reference=getattr(config.algorithm, "kl_coefficient", 0.0) != 0.0,
+                             prompts_per_pass=config.rollout.prompts_per_pass)
+        self.evaluator = Evaluator(
+            self.policy, self.context, config.data.question, config.rollout.max_new_tokens,
+            config.rollout.prompts_per_pass * 4, config.evaluation.limit, config.evaluation.pictures,
+            config.data.on_error, config.data.max_skipped)
+        self.start_step = self._restore() if self.settings.resume else 0
+        self.log = RunLog(self.folder, self.context.is_writer, self.settings.num_steps, self.start_step,
+                          self.settings.log_every, self.settings.tensorboard)
+        self.clock = PhaseClock(device)
+
+    def run(self) -> None:
+        """Train to the last step, with the evaluations, checkpoints and the export that were asked for."""
+        self._announce()
+        evaluation, num_steps = self.config.evaluation, self.settings.num_steps
+        if evaluation.at_start and self.start_step == 0:
+            self.evaluate(0)
+        for step in range(self.start_step, num_steps):
+            self.train_step(step)
+            done = step + 1
+            if self.settings.save_every and done % self.settings.save_every == 0:
+                self.save(done)
+            if (done == num_steps and evaluation.at_end) or (evaluation.every and done % evaluation.every == 0):
+                self.evaluate(done)
+        if self.settings.export_hf:
+            self.policy.export_hf(self.folder / "hf")
+            self.log.say(f"the trained model is in {self.folder / 'hf'}")
+        self.log.close()
+
+    def train_step(self, step: int) -> None:
+        """One optimiser batch, from prompts to the update."""
+        progress, started = step / self.settings.num_steps, time.monotonic()
+        self.clock.reset()
+        samples = self.source.next_batch()
+        prompts = encode(samples, self.policy.processor, self.config.data.question)
+        self.clock.lap("data")
+        if self.algorithm.uses_rollouts:
+            rollouts = self.roll_out(samples, prompts, step)
+            self.clock.lap("rollout")
+            judgement = judge(rollouts, self.policy.processor, self.rewards)
+            batch = self._batch(rollouts, judgement.rewards)
+            self.clock.lap("reward")
+            stats = self.score(rollouts)
+            self.clock.lap("score")
+        else:
+            rollouts, judgement, stats = written_answers(samples, prompts, self.policy.processor), None, None
+            batch = self._batch(rollouts, [0.0] * len(rollouts.responses))
+        loss, norm, entropy = self.update(rollouts, batch, stats, step, progress)
+        self.clock.lap("update")
+        metrics = {"loss": loss, "gradient_norm": norm, "lr": self._lr(step),
+                   **batch_metrics(batch, stats, entropy, rollouts.sampling_logprobs),
+                   **(judgement_metrics(judgement, self.context) if judgement else {}), **self.algorithm.metrics}
+        self._report(step + 1, metrics, rollouts, judgement, time.monotonic() - started)
+
+    def roll_out(self, samples, prompts, step: int) -> Rollouts:
+        """Sample G answers per prompt; the randomness of an answer depends on (seed, step, sample, answer) alone."""
+        size = self.config.rollout.group_size
+        streams = [f"{self.settings.seed}/{step}/{sample.key}" for sample in samples]
+        generation = self.policy.sync().generate(prompts, size, self.config.rollout, streams)
+        return Rollouts(samples, prompts, generation.responses, generation.truncated, size, generation.logprobs)
+
+    def score(self, rollouts: Rollouts) -> TokenScores:
+        """Log-probs and entropies of the behaviour policy."""
+        rows = micro_batches(len(rollouts.responses), self.settings.micro_batch_size)
+        return self.policy.score(rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows, rollouts.width,
+                                 self._temperature)
+
+    def update(self, rollouts: Rollouts, batch: RolloutBatch, stats: TokenScores | None, step: int,
+               progress: float) -> tuple[float, float, list]:
+        """Let the algorithm weigh the tokens and take the optimiser steps; returns (loss, norm, entropy sums)."""
+        rows = micro_batches(len(rollouts.responses), self.settings.micro_batch_size)
+        where = (rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows)
+        reference = None
+        if self.policy.reference is not None:
+            reference = self.policy.reference_logprobs(*where, rollouts.width, self._temperature)
+        signal = make_signal(self.algorithm, batch, stats, reference, progress)
+        for _ in range(self.settings.updates_per_batch):
+            token_loss = micro_batch_loss(self.algorithm, signal, batch, rows, progress)
+            entropy_sums: list = []
+
+            def loss(i, logprobs, entropy):
+                entropy_sums.append(entropy.detach().sum())
+                return token_loss(i, logprobs, entropy)
+
+            value, norm = self.policy.update(*where, loss, self._temperature, self._lr(step))
+        if not math.isfinite(value) or not math.isfinite(norm):
+            raise FloatingPointError(f"step {step + 1}: loss {value}, gradient norm {norm}; lower optimizer.lr, or set "
+                                     "model.dtype=float32 to see whether it is rounding")
+        return value, norm, entropy_sums
+
+    def evaluate(self, step: int) -> None:
+        """Measure every evaluation set and keep figures, rows and a picture."""
+        for name, shards in self.config.evaluation.sets.items():
+            result, rows, picture = self.evaluator.run(name, shards)
+            if self.context.is_writer:
+                path = result_path(self.folder, name, step)
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, {"set": name, "step": step, **result, "rows": rows})
+                if picture is not None:
+                    self.log.picture(step, f"eval/{name}", picture)
+            figures = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+            self.log.record(step, {f"eval/{name}/{key}": value for key, value in figures.items()})
+            self.log.say(f"{name} at step {step}: Acc@0.5 {result['acc_at_50']:.3f}  mean IoU {result['mean_iou']:.3f}"
+                         f"  parsed {result['parse_rate']:.3f}  ({result['num_samples']} samples)")
+
+    def save(self, step: int) -> None:
+        """Keep a checkpoint that ``trainer.resume=true`` goes on from."""
+        state = {"layout": self.context.layout, "data": self.source.state_dict(),
+                 "algorithm": {"name": self.config.algorithm_name, **self.algorithm.state_dict()}}
+        save_train_state(self.folder / "checkpoints", step, state, self.policy.engine.save, self.settings.keep_last)
+
+    def _restore(self) -> int:
+        found = checkpoints(self.folder / "checkpoints")
+        if not found:
+            return 0
+        state = read_train_state(found[-1], self.context.layout)
+        if state["algorithm"]["name"] != self.config.algorithm_name:
+            raise ValueError(f"{found[-1]} was written by algorithm {state['algorithm']['name']}, this run is "
+                             f"{self.config.algorithm_name}; choose another trainer.output_dir")
+        self.source.load_state_dict(state["data"])
+        self.algorithm.load_state_dict({k: v for k, v in state["algorithm"].items() if k != "name"})
+        self.policy.load(found[-1])
+        return state["step"]
+
+    def _prepare_folder(self) -> None:
+        """Refuse to mix two runs in one folder, before anything is loaded; the first process makes the folder."""
+        used = (self.folder / "metrics.jsonl").exists()
+        if used and not (self.settings.resume or self.settings.overwrite):
+            raise ValueError(f"{self.folder} already holds a run; set trainer.resume=true to go on with it, "
+                             "trainer.overwrite=true to replace it, or choose another trainer.output_dir")
+        dist.barrier()  # all have looked before one of them writes
+        if self.context.rank == 0:
+            if used and self.settings.overwrite:
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_resolved(self.config, self.folder / "config.yaml")
+        dist.barrier()
+
+    @property
+    def _temperature(self) -> float:
+        # greedy rollouts and written answers are scored at temperature 1
+        return self.config.rollout.temperature if self.algorithm.uses_rollouts and self.config.rollout.temperature else 1.0
+
+    def _lr(self, step: int) -> float:
+        return self.config.optimizer.lr_at(step, self.settings.num_steps)
+
+    def _batch(self, rollouts: Rollouts, rewards) -> RolloutBatch:
+        return to_batch(rollouts, rewards, self.policy.processor, self.context.device, self.context.sum_over_data)
+
+    def _announce(self) -> None:
+        model = self.policy.model
+        self.log.say(f"{model.spec.family} from {self.config.model.path}, {self.config.model.dtype}, "
+                     f"{self.context.layout}, ZeRO-3, {self.context.device.type}; algorithm "
+                     f"{self.config.algorithm_name} {self.algorithm.mark}")
+        if self.start_step:
+            self.log.say(f"resumed after step {self.start_step}")
+        if self.context.is_writer:
+            write_json(self.folder / "deepspeed_config.json", self.policy.engine.config)
+
+    def _report(self, step: int, metrics: dict, rollouts: Rollouts, judgement: Judgement | None, seconds: float):
+        tokens = self.context.sum_over_data(self.clock.tensor(rollouts.num_tokens))
+        metrics |= {"tokens": int(tokens), "tokens_per_second": float(tokens) / seconds, "time/step": seconds,
+                    **self.clock.laps}
+        if self.source.skipped:
+            metrics["data/skipped"] = sum(self.source.skipped.values())
+        self.log.record(step, metrics)
+        self.log.progress(step, metrics)
+        every = self.settings.picture_every
+        if judgement is not None and every and step % every == 0 and self.context.is_writer:
+            tiles = [answer_tile(rollouts.samples[b // rollouts.group_size], judgement.rows[b])
+                     for b in range(0, len(judgement.rows), rollouts.group_size)][:8]
+            self.log.picture(step, "train/answers", panel(tiles, 4, f"sampled answers at step {step}"))
