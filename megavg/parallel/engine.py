@@ -12,7 +12,7 @@ from torch import nn
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.mcore import DeepSpeedMpu
 from megavg.parallel.schedule import one_forward_one_backward
-from megavg.parallel.zero import (OptimizerConfig, ZeroConfig, deepspeed_config, forget_backward, gathered,
+from megavg.parallel.zero import (OptimizerConfig, ZeroConfig, deepspeed_config, forget_backward, gather_as_one, gathered,
                                   make_optimizer, remove_world_broadcast)
 from megavg.protocols.batch import ModelInputs
 
@@ -34,6 +34,7 @@ class ZeroEngine:
         self.config = deepspeed_config(zero, optimizer.gradient_clipping if optimizer else 0.0, dtype)
         if optimizer is None:
             stage.requires_grad_(False)
+        gather_as_one(stage.blocks)
         self._engine, *_ = deepspeed.initialize(
             model=stage, optimizer=make_optimizer(stage, optimizer, context) if optimizer else None,
             config=self.config, mpu=DeepSpeedMpu(context), dist_init_required=False)

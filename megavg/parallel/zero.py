@@ -50,6 +50,17 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, context: Parallel
                              fused=context.device.type == "cuda")
 
 
+def gather_as_one(blocks: list[nn.Module]) -> None:
+    """Have ZeRO-3 gather each block's parameters in one collective, not module by module.
+
+    Without this every linear and norm has its own hooks: twice the step time on small models.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for block in blocks:
+        set_z3_leaf_module(block, True)
+
+
 def forget_backward(engine) -> None:
     """Tell DeepSpeed that another backward of the same step follows; without it the second one loses gradients."""
     clear = getattr(engine.optimizer, "clear_backward_seen_flag", None)

@@ -54,6 +54,15 @@ class QwenVLStage(nn.Module):
             self.final_norm = RMSNorm(dims.hidden_size, dims.norm_eps, dtype)
             self.head = LMHead(dims.hidden_size, dims.vocab_size, padded, context, dtype, tied)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts: what ZeRO-3 gathers and releases as one piece each."""
+        vision: list[nn.Module] = []
+        if self.has_embedding:
+            mergers = getattr(self.visual, "deepstack_merger_list", ())
+            vision = [*self.visual.blocks, self.visual.merger, *mergers]
+        return [*vision, *self.layers.values()]
+
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor,
               feature_index: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Token embeddings with image features in place, and the deepstack's additions: ([B, S, D], [[B, S, D]])."""
