@@ -1,0 +1,74 @@
+"""Run a function on several real gloo ranks and bring back what each returned."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from typing import Any, Callable
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
+    """``function(*args)`` on ``world_size`` processes inside one gloo world; returns the results in rank order.
+
+    ``function`` must be defined at the top of a test module. A rank that raises or hangs fails the test with its
+    traceback, and all ranks are ended.
+    """
+    spawn = mp.get_context("spawn")
+    results = spawn.SimpleQueue()
+    port = free_port()
+    ranks = [spawn.Process(target=_rank_main, args=(rank, world_size, port, results, function, args), daemon=True)
+             for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    try:
+        return _collect(ranks, results, timeout)
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _rank_main(rank: int, world_size: int, port: int, results, function: Callable, args: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    try:
+        from megavg.parallel.mcore import start_processes
+
+        start_processes(timeout_minutes=3)
+        results.put((rank, function(*args), None))
+    except BaseException:  # the parent shows it
+        results.put((rank, None, traceback.format_exc()))
+
+
+def _collect(ranks, results, timeout: float) -> list[Any]:
+    import time
+
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(found) < len(ranks):
+        if not results.empty():
+            rank, value, error = results.get()
+            if error:
+                raise AssertionError(f"rank {rank} of {len(ranks)}:\n{error}")
+            found[rank] = value
+        elif time.monotonic() > deadline:
+            raise AssertionError(f"ranks {sorted(set(range(len(ranks))) - set(found))} of {len(ranks)} did not answer "
+                                 f"in {timeout:.0f} s")
+        elif any(p.exitcode not in (None, 0) and r not in found for r, p in enumerate(ranks)) and results.empty():
+            raise AssertionError(f"a rank died: exit codes {[p.exitcode for p in ranks]}")
+        else:
+            time.sleep(0.05)
+    return [found[rank] for rank in range(len(ranks))]
