@@ -14,15 +14,24 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         config = parse_command_line(argv)
+        from megavg.trainer.bad_data import BadData
         from megavg.trainer.trainer import Trainer
 
         trainer = Trainer(config)
-    except (ValueError, FileNotFoundError) as error:  # what a user can mend: one message, no traceback
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    trainer.run()
+    except (ValueError, OSError) as error:
+        return _tell(error)
+    try:
+        trainer.run()
+    except BadData as error:
+        return _tell(error)
     return 0
+
+
+def _tell(error: Exception) -> int:
+    """What a user can mend gets one message per machine and no traceback."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

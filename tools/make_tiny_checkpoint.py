@@ -45,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
                                 default=None if required else field.default)
         else:
             text = _HELP.get(field.name, f"default: {field.default}")
-            parser.add_argument(flag, type=int, default=field.default, help=text)
+            kind = float if field.type == "float" else int
+            parser.add_argument(flag, type=kind, default=field.default, help=text)
     return parser
 
 

@@ -72,10 +72,10 @@ class ECVGPO(Algorithm):
                 raise ValueError("algorithm.level=answer needs the digit tokens of the answers, which this batch lacks")
             chosen = chosen & batch.answer_mask
         weight = self._weight(batch, -stats.logprobs.detach(), chosen)
+        self._record(batch, weight, chosen)
         if self.config.normalize:
             mass, weighted = self._sums(batch, advantages * chosen, advantages * weight * chosen)
-            weight = weight / (weighted / mass.clamp_min(self.config.eps)).clamp_min(self.config.eps)
-        self._record(weight, chosen)
+            weight = weight * (mass / weighted).where(weighted > 0, 1.0)  # nothing to keep where no mass is left
         reshaped = (advantages * weight).where(chosen, advantages)
         self._close_loop(batch, stats)
         return reshaped
@@ -110,17 +110,21 @@ class ECVGPO(Algorithm):
         total = batch.all_sum(both)
         return total[0], total[1]
 
-    def _record(self, weight: torch.Tensor, chosen: torch.Tensor) -> None:
-        kept = weight[chosen]
-        self.metrics = {"ecvgpo/alpha": self.alpha}
-        if kept.numel():
-            self.metrics |= {"ecvgpo/weight_min": float(kept.min()), "ecvgpo/weight_max": float(kept.max())}
+    def _record(self, batch: RolloutBatch, weight: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Log alpha, the mean of w before it is normalised, and the share of chosen tokens whose w hit a bound."""
+        import torch
+
+        at_bound = chosen & ((weight <= self.config.w_min) | (weight >= self.config.w_max))
+        sums = torch.stack([x.sum().to(weight.dtype) for x in (chosen, weight * chosen, at_bound)])
+        count, total, bounded = batch.all_sum(sums).tolist()
+        self.metrics = {"ecvgpo/alpha": self.alpha, "ecvgpo/weight_mean": total / max(count, 1.0),
+                        "ecvgpo/weight_at_bounds": bounded / max(count, 1.0)}
 
     def _close_loop(self, batch: RolloutBatch, stats: TokenScores) -> None:
         config = self.config
         if config.target_entropy is None:
             return
-        total, count = self._sums(batch, stats.entropy * batch.mask, batch.mask.to(stats.entropy.dtype))
+        total, count = self._sums(batch, stats.entropy.detach() * batch.mask, batch.mask.to(stats.entropy.dtype))
         moved = self.alpha + config.kappa * (config.target_entropy - float(total / count.clamp_min(1)))
         self.alpha = min(max(moved, -config.alpha_max), config.alpha_max)
 

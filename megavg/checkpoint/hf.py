@@ -17,6 +17,7 @@ import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".tmp"}
 
 
 def _modern_name(name: str) -> str:
@@ -103,9 +104,10 @@ def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, torch.Ten
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in sorted(source.directory.iterdir()):
-        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+        if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX:
             shutil.copyfile(file, partial / file.name)
-    _write_shards(partial, tensors, source.legacy, max_shard_bytes)
+    dtype = _write_shards(partial, tensors, source.legacy, max_shard_bytes)
+    _set_dtype(partial / "config.json", dtype)
     replace_directory(partial, out_dir)
 
 
@@ -119,7 +121,21 @@ def replace_directory(partial: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_shards(folder: Path, tensors, legacy: bool, max_shard_bytes: int) -> None:
+def _set_dtype(config_path: Path, dtype: torch.dtype) -> None:
+    """Have config.json say the dtype of the written weights; a file that says so already is left as it is."""
+    text = config_path.read_text()
+    config = json.loads(text)
+    name = str(dtype).removeprefix("torch.")
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = name
+    if config != json.loads(text):
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_shards(folder: Path, tensors, legacy: bool, max_shard_bytes: int) -> torch.dtype:
+    """Stream tensors into files; returns the dtype of the last one."""
     from safetensors.torch import save_file
 
     shards: list[dict[str, int]] = []
@@ -135,12 +151,12 @@ def _write_shards(folder: Path, tensors, legacy: bool, max_shard_bytes: int) -> 
     for name, tensor in tensors:
         if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
             flush()
-        pending[_legacy_name(name) if legacy else name] = tensor.detach().cpu().contiguous()
+        pending[_legacy_name(name) if legacy else name] = tensor.detach().to("cpu", copy=True).contiguous()
         pending_bytes += tensor.nbytes
     flush()
     if len(shards) == 1:
         os.replace(folder / "shard-0", folder / SINGLE)
-        return
+        return tensor.dtype
     weight_map = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -149,3 +165,4 @@ def _write_shards(folder: Path, tensors, legacy: bool, max_shard_bytes: int) -> 
     total = sum(size for shard in shards for size in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return tensor.dtype

@@ -15,10 +15,9 @@ TEMPORAL_PATCH_SIZE = 2
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one family apart: patch size in pixels, rotary base, and mean and deviation of its pixels."""
+    """What sets one family apart: patch size in pixels, and mean and deviation of its pixels."""
 
     patch_size: int
-    rope_theta: float
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
@@ -27,9 +26,9 @@ _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 FAMILIES = {
-    "qwen2_vl": Family(14, 1e6, *_CLIP),
-    "qwen2_5_vl": Family(14, 1e6, *_CLIP),
-    "qwen3_vl": Family(16, 5e6, *_HALF),
+    "qwen2_vl": Family(14, *_CLIP),
+    "qwen2_5_vl": Family(14, *_CLIP),
+    "qwen3_vl": Family(16, *_HALF),
 }
 
 
@@ -81,7 +80,7 @@ def preprocessor_config(spec: TinySpec) -> dict:
 
 
 def _text_config(spec: TinySpec, token_ids: dict[str, int]) -> dict:
-    rope = {"rope_type": "default", "rope_theta": FAMILIES[spec.family].rope_theta,
+    rope = {"rope_type": "default", "rope_theta": spec.rope_theta,
             "mrope_section": mrope_section(spec.family, spec.head_dim)}
     config = {
         "vocab_size": spec.vocab_size,
@@ -92,6 +91,7 @@ def _text_config(spec: TinySpec, token_ids: dict[str, int]) -> dict:
         "num_key_value_heads": spec.num_kv_heads,
         "rms_norm_eps": 1e-6,
         "rope_parameters": rope,
+        "initializer_range": spec.initializer_range,
         "bos_token_id": token_ids["<|endoftext|>"],
         "eos_token_id": token_ids["<|im_end|>"],
         # Older readers look here; the outer configuration says the same.
@@ -112,6 +112,7 @@ def _vision_config(spec: TinySpec) -> dict:
         "patch_size": spec.patch_size,
         "spatial_merge_size": SPATIAL_MERGE_SIZE,
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "initializer_range": spec.initializer_range,
     }
     if spec.family == "qwen2_vl":
         # Here hidden_size is the width that leaves the tower, and embed_dim the width inside it.

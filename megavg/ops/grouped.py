@@ -11,8 +11,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int, normalize_std: bool
     Groups are ``group_size`` neighbouring rows; the standard deviation is the unbiased one. A group whose rewards are all
     equal gets exactly zero.
     """
-    if rewards.numel() % group_size:
-        raise ValueError(f"{rewards.numel()} rewards do not make whole groups of {group_size}")
+    if group_size < 1 or rewards.numel() % group_size:
+        raise ValueError(f"{rewards.numel()} rewards do not make whole groups of group_size={group_size}")
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     equal = (groups == groups[:, :1]).all(1, keepdim=True)

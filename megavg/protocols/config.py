@@ -29,7 +29,7 @@ def read_yaml(path: str | Path) -> dict:
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -51,13 +51,15 @@ def apply_overrides(tree: dict, overrides: list[str]) -> dict:
         node = tree
         *parents, leaf = key.split(".")
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:  # a section that the file leaves out or leaves empty
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
                 raise ConfigError(f"cannot set {key}: {parent} is not a section")
         try:
             node[leaf] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: cannot read the value {text!r}") from error
+            raise ConfigError(f"{key}: cannot read the value {text!r} as YAML; put quotes around a text") from error
     return tree
 
 

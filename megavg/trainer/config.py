@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megavg.protocols.config import ConfigError, apply_overrides, build, read_yaml, to_tree
 from megavg.protocols.options import OptimizerConfig, SamplingParams, ZeroConfig
-from megavg.protocols.plugin import load_module
+from megavg.protocols.plugin import load_module, nearest
+
+
+def _at_least(section, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < least:
+            raise ValueError(f"{name}={getattr(section, name)} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,7 @@ class ParallelConfig:
     timeout_minutes: float = 30.0
 
     def __post_init__(self):
-        if self.tensor_model_parallel_size < 1:
-            raise ValueError(f"tensor_model_parallel_size={self.tensor_model_parallel_size} must be at least 1")
+        _at_least(self, 1, "tensor_model_parallel_size")
         if self.pipeline_model_parallel_size != 1:
             raise ValueError(f"pipeline_model_parallel_size={self.pipeline_model_parallel_size}: generation over "
                              "pipeline stages is not there yet; set it to 1 and use tensor parallelism")
@@ -80,7 +87,7 @@ class DataConfig:
         try:
             if "EXPRESSION" not in self.prompt.format(expression="EXPRESSION"):
                 raise ValueError("it does not hold {expression}")
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(f"prompt={self.prompt!r} cannot be filled in ({error}); write {{expression}} where the "
                              "expression goes and double every other brace") from error
 
@@ -101,13 +108,17 @@ class RolloutConfig(SamplingParams):
     group_size: int = 8
     prompts_per_pass: int = 16
 
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(self, 1, "group_size", "prompts_per_pass")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Greedy evaluation on held-out shards.
 
     Attributes:
-        sets: name -> list of shards.
+        sets: name -> list of shards; a name is letters, digits, ``_``, ``-`` and ``.``, as files are named after it.
         at_start, at_end: evaluate before the first and after the last step.
         every: evaluate every so many steps; 0 never.
         limit: at most so many samples of each set; 0 takes all.
@@ -122,7 +133,10 @@ class EvaluationConfig:
     pictures: int = 12
 
     def __post_init__(self):
+        _at_least(self, 0, "every", "limit", "pictures")
         for name, shards in self.sets.items():
+            if not re.fullmatch(r"[\w.-]+", str(name)):
+                raise ValueError(f"sets: the name {name!r} may only hold letters, digits, '_', '-' and '.'")
             if not isinstance(shards, list) or not all(isinstance(s, str) for s in shards):
                 raise ValueError(f"sets.{name}: expected a list of shards, got {shards!r}")
 
@@ -161,9 +175,8 @@ class TrainerConfig:
     tensorboard: bool = True
 
     def __post_init__(self):
-        for name in ("num_steps", "micro_batch_size", "updates_per_batch", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        _at_least(self, 1, "num_steps", "micro_batch_size", "updates_per_batch", "keep_last", "log_every")
+        _at_least(self, 0, "save_every", "picture_every")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite cannot both be true")
 
@@ -213,9 +226,7 @@ def resolve(tree: dict) -> RunConfig:
         sections = {f.name for f in dataclasses.fields(RunConfig)} - {"algorithm_name", "algorithm"}
         for key in tree:
             if key not in sections:
-                from megavg.protocols.plugin import nearest
-
-                raise ConfigError(f"unknown section {key}{nearest(key, sections | {'algorithm'})}")
+                raise ConfigError(f"unknown section {key}{nearest(str(key), sections | {'algorithm'})}")
         config = build(RunConfig, {**tree, "algorithm_name": algorithm["name"], "algorithm": options})
         load_rewards(config.rewards)
     except ValueError as error:
@@ -236,7 +247,7 @@ def parse_command_line(argv: list[str] | None = None) -> RunConfig:
                "Sections: model, parallel, data, rollout, rewards, algorithm, optimizer, evaluation, trainer.\n"
                "Every option is documented in megavg/trainer/config.py; an unknown one is an error.")
     parser.add_argument("--config", required=True, help="YAML file with the run's options")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by the launcher
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by the launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set after the file is read")
     arguments = parser.parse_intermixed_args(argv)
     return resolve(apply_overrides(read_yaml(arguments.config), arguments.overrides))
@@ -246,4 +257,6 @@ def save_resolved(config: RunConfig, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(config.tree(), sort_keys=False))
+    partial = Path(f"{path}.tmp")
+    partial.write_text(yaml.safe_dump(config.tree(), sort_keys=False))
+    os.replace(partial, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 from typing import Callable, Sequence
 
 from megavg.data.shards import iterate_all
@@ -11,7 +10,9 @@ from megavg.evaluation.draw import draw_boxes, panel
 from megavg.evaluation.grounding import GroundingScores
 from megavg.parallel.context import ParallelContext
 from megavg.protocols.options import SamplingParams
-from megavg.protocols.sample import Sample
+from megavg.protocols.sample import Completion, Sample
+from megavg.rollout.base import Generator
+from megavg.trainer.bad_data import told_to_all
 from megavg.trainer.policy import Policy
 from megavg.trainer.rollouts import Rollouts, completions, encode
 
@@ -41,27 +42,26 @@ class Evaluator:
             samples = islice(samples, self.limit)
         samples = islice(samples, self.context.dp_rank, None, self.context.dp_size)
         rows, tiles = [], []
-        while batch := list(islice(samples, self.batch_size)):
-            prompts = encode(batch, self.policy.processor, self.question)
-            generation = generator.generate(prompts, 1, self.params, [sample.key for sample in batch])
-            rollouts = Rollouts(batch, prompts, generation.responses, generation.truncated, group_size=1)
-            for sample, completion in zip(batch, completions(rollouts, self.policy.processor)):
-                rows.append(GroundingScores().add(sample, completion))
-                if len(tiles) < self.num_pictures and self.context.dp_rank == 0:
-                    tiles.append(answer_tile(sample, rows[-1]))
+        with told_to_all(self.context):
+            while batch := list(islice(samples, self.batch_size)):
+                for sample, completion in zip(batch, self._answers(batch, generator)):
+                    rows.append(GroundingScores().add(sample, completion))
+                    if len(tiles) < self.num_pictures and self.context.dp_rank == 0:
+                        tiles.append(answer_tile(sample, rows[-1]))
         scores = GroundingScores(self.context.gather_rows(rows))
         result = scores.result()
         picture = panel(tiles, 4, f"{name}: Acc@0.5 {result['acc_at_50']:.1%}, mean IoU {result['mean_iou']:.3f}") \
             if tiles else None
         return result, scores.rows, picture
 
+    def _answers(self, batch: list[Sample], generator: Generator) -> list[Completion]:
+        prompts = encode(batch, self.policy.processor, self.question)
+        generation = generator.generate(prompts, 1, self.params, [sample.key for sample in batch])
+        rollouts = Rollouts(batch, prompts, generation.responses, generation.truncated, group_size=1)
+        return completions(rollouts, self.policy.processor)
+
 
 def answer_tile(sample: Sample, row: dict):
     """One answer drawn on its picture; large pictures get larger tiles."""
     scale = 224 if max(sample.width, sample.height) <= 320 else 400
     return draw_boxes(sample.image, row["true_boxes_px"], row["predicted_boxes_px"], row["expression"], scale)
-
-
-def result_path(folder: Path, name: str, step: int) -> Path:
-    """Where the rows and figures of one evaluation are kept."""
-    return folder / "evaluation" / f"{name}-{step:06d}.json"

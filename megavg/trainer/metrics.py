@@ -36,25 +36,36 @@ class PhaseClock:
 
 
 def batch_metrics(batch: RolloutBatch, stats: TokenScores | None, entropy_sums: list,
-                  sampling_logprobs: torch.Tensor | None) -> dict[str, float]:
-    """Entropy, self-information and lengths over the whole optimiser batch.
+                  reference_logprobs: torch.Tensor | None) -> dict[str, float]:
+    """Entropy, self-information, KL and lengths over the whole optimiser batch.
 
-    ``entropy/mean`` is the mean token entropy in nats under the policy being updated. ``rollout/logprob_gap`` is the
-    largest difference between log-probs reported while sampling and the scorer's: far above 1e-4 in fp32 means that
-    generation and training disagree.
+    ``entropy/mean`` is the mean token entropy in nats under the policy being updated, ``kl/reference`` the mean k3
+    estimate of the KL of the behaviour policy to the reference, in nats per token.
     """
     mask = batch.mask
     sums = [mask.sum().float(), torch.tensor(float(mask.shape[0]), device=mask.device), torch.stack(entropy_sums).sum()]
     if stats is not None:
         sums += [(-stats.logprobs * mask).sum()]
+    if reference_logprobs is not None:
+        difference = (reference_logprobs - stats.logprobs) * mask
+        sums += [(difference.exp() - difference - 1).sum()]
     total = batch.all_sum(torch.stack([value.float() for value in sums]))
     metrics = {"entropy/mean": float(total[2] / total[0]), "response/length": float(total[0] / total[1])}
     if stats is not None:
         metrics["entropy/self_information"] = float(total[3] / total[0])
-        if sampling_logprobs is not None:
-            gap = (stats.logprobs - sampling_logprobs.to(stats.logprobs)).abs() * mask
-            metrics["rollout/logprob_gap"] = float(gap.max())
+    if reference_logprobs is not None:
+        metrics["kl/reference"] = float(total[4] / total[0])
     return metrics
+
+
+def rollout_metrics(batch: RolloutBatch, stats: TokenScores, sampling_logprobs: torch.Tensor,
+                    context: ParallelContext) -> dict[str, float]:
+    """``rollout/logprob_gap``: the largest difference between log-probs reported while sampling and the scorer's.
+
+    Far above 1e-4 in fp32 means that generation and training disagree.
+    """
+    gap = (stats.logprobs - sampling_logprobs.to(stats.logprobs)).abs() * batch.mask
+    return {"rollout/logprob_gap": max(context.gather_rows([float(gap.max())]))}
 
 
 def judgement_metrics(judgement: Judgement, context: ParallelContext) -> dict:

@@ -20,7 +20,7 @@ class RunLog:
         folder: the run's output folder.
         is_writer: whether this process writes.
         num_steps: for the progress display.
-        start_step: lines of metrics.jsonl after this step are dropped, as a resumed run writes them again.
+        start_step: lines of metrics.jsonl after this step are dropped, as a resumed run writes them again; 0 drops all.
         log_every: steps between plain lines where the console is no terminal.
     """
 
@@ -102,10 +102,18 @@ def write_json(path: Path, content: Any) -> None:
 def _keep_steps(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
-    kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= last_step]
+    kept = [line for line in path.read_text().splitlines() if last_step and _step_of(line) <= last_step]
     partial = path.with_name(path.name + ".tmp")
     partial.write_text("".join(line + "\n" for line in kept))
     os.replace(partial, path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that was cut off when the run was killed."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _format(value: float) -> str:

@@ -7,17 +7,19 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megavg.checkpoint.train_state import checkpoints, read_train_state, save_train_state
-from megavg.data.shards import PromptSource
+from megavg.data.shards import PromptSource, expand_shards
 from megavg.evaluation.draw import panel
 from megavg.parallel.mcore import make_context, start_processes
 from megavg.protocols.batch import RolloutBatch, TokenScores
 from megavg.rewards.base import load_rewards
+from megavg.trainer.bad_data import told_to_all
 from megavg.trainer.config import RunConfig, algorithm_class, save_resolved
-from megavg.trainer.evaluator import Evaluator, answer_tile, result_path
-from megavg.trainer.metrics import PhaseClock, batch_metrics, judgement_metrics
+from megavg.trainer.evaluator import Evaluator, answer_tile
+from megavg.trainer.metrics import PhaseClock, batch_metrics, judgement_metrics, rollout_metrics
 from megavg.trainer.policy import Policy
 from megavg.trainer.rollouts import Judgement, Rollouts, encode, judge, to_batch, written_answers
 from megavg.trainer.run_log import RunLog, write_json
@@ -35,10 +37,14 @@ class Trainer:
         self.folder = Path(self.settings.output_dir)
         self.algorithm = algorithm_class(config.algorithm_name)(config.algorithm)
         self.rewards = load_rewards(config.rewards)
+        self._check_folder()
+        if config.data.prompts_per_step % self.context.dp_size:
+            raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} is not divisible by the "
+                             f"data-parallel size {self.context.dp_size} of {self.context.layout}; change "
+                             "data.prompts_per_step or the number of processes")
         self.source = PromptSource(
             config.data.shards, config.data.prompts_per_step, self.settings.seed, self.context.dp_rank,
             self.context.dp_size, config.data.shuffle_buffer, config.data.on_error, config.data.max_skipped)
-        self._prepare_folder()
         self.policy = Policy(config.model, config.optimizer, parallel.zero, self.context,
                              with_reference=getattr(config.algorithm, "kl_coefficient", 0.0) != 0.0,
                              prompts_per_pass=config.rollout.prompts_per_pass)
@@ -47,6 +53,7 @@ class Trainer:
             config.rollout.prompts_per_pass * 4, config.evaluation.limit, config.evaluation.pictures,
             config.data.on_error, config.data.max_skipped)
         self.start_step = self._restore() if self.settings.resume else 0
+        self._prepare_folder()
         self.log = RunLog(self.folder, self.context.is_writer, self.settings.num_steps, self.start_step,
                           self.settings.log_every, self.settings.tensorboard)
         self.clock = PhaseClock(device)
@@ -54,16 +61,14 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, with the evaluations, checkpoints and the export that were asked for."""
         self._announce()
-        evaluation, num_steps = self.config.evaluation, self.settings.num_steps
-        if evaluation.at_start and self.start_step == 0:
-            self.evaluate(0)
-        for step in range(self.start_step, num_steps):
+        self.evaluate(self.start_step, [name for name in self._sets_due(self.start_step)
+                                        if self.start_step == 0 or not self._result_path(name, self.start_step).exists()])
+        for step in range(self.start_step, self.settings.num_steps):
             self.train_step(step)
             done = step + 1
             if self.settings.save_every and done % self.settings.save_every == 0:
                 self.save(done)
-            if (done == num_steps and evaluation.at_end) or (evaluation.every and done % evaluation.every == 0):
-                self.evaluate(done)
+            self.evaluate(done, self._sets_due(done))
         if self.settings.export_hf:
             self.policy.export_hf(self.folder / "hf")
             self.log.say(f"the trained model is in {self.folder / 'hf'}")
@@ -73,8 +78,9 @@ class Trainer:
         """One optimiser batch, from prompts to the update."""
         progress, started = step / self.settings.num_steps, time.monotonic()
         self.clock.reset()
-        samples = self.source.next_batch()
-        prompts = encode(samples, self.policy.processor, self.config.data.question)
+        with told_to_all(self.context):
+            samples = self.source.next_batch()
+            prompts = encode(samples, self.policy.processor, self.config.data.question)
         self.clock.lap("data")
         if self.algorithm.uses_rollouts:
             rollouts = self.roll_out(samples, prompts, step)
@@ -82,16 +88,19 @@ class Trainer:
             judgement = judge(rollouts, self.policy.processor, self.rewards)
             batch = self._batch(rollouts, judgement.rewards)
             self.clock.lap("reward")
-            stats = self.score(rollouts)
+            stats, reference = self.score(rollouts)
             self.clock.lap("score")
         else:
-            rollouts, judgement, stats = written_answers(samples, prompts, self.policy.processor), None, None
+            rollouts, judgement = written_answers(samples, prompts, self.policy.processor), None
+            stats = reference = None
             batch = self._batch(rollouts, [0.0] * len(rollouts.responses))
-        loss, norm, entropy = self.update(rollouts, batch, stats, step, progress)
+        loss, norm, entropy = self.update(rollouts, batch, stats, reference, step, progress)
         self.clock.lap("update")
         metrics = {"loss": loss, "gradient_norm": norm, "lr": self._lr(step),
-                   **batch_metrics(batch, stats, entropy, rollouts.sampling_logprobs),
-                   **(judgement_metrics(judgement, self.context) if judgement else {}), **self.algorithm.metrics}
+                   **batch_metrics(batch, stats, entropy, reference), **self.algorithm.metrics}
+        if judgement:
+            metrics |= {**rollout_metrics(batch, stats, rollouts.sampling_logprobs, self.context),
+                        **judgement_metrics(judgement, self.context)}
         self._report(step + 1, metrics, rollouts, judgement, time.monotonic() - started)
 
     def roll_out(self, samples, prompts, step: int) -> Rollouts:
@@ -101,20 +110,21 @@ class Trainer:
         generation = self.policy.sync().generate(prompts, size, self.config.rollout, streams)
         return Rollouts(samples, prompts, generation.responses, generation.truncated, size, generation.logprobs)
 
-    def score(self, rollouts: Rollouts) -> TokenScores:
-        """Log-probs and entropies of the behaviour policy."""
+    def score(self, rollouts: Rollouts) -> tuple[TokenScores, torch.Tensor | None]:
+        """Log-probs and entropies of the behaviour policy, and log-probs of the reference where one is kept."""
         rows = micro_batches(len(rollouts.responses), self.settings.micro_batch_size)
-        return self.policy.score(rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows, rollouts.width,
-                                 self._temperature)
+        where = (rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows, rollouts.width, self._temperature)
+        reference = self.policy.reference_logprobs(*where) if self.policy.reference is not None else None
+        return self.policy.score(*where), reference
 
-    def update(self, rollouts: Rollouts, batch: RolloutBatch, stats: TokenScores | None, step: int,
-               progress: float) -> tuple[float, float, list]:
-        """Let the algorithm weigh the tokens and take the optimiser steps; returns (loss, norm, entropy sums)."""
+    def update(self, rollouts: Rollouts, batch: RolloutBatch, stats: TokenScores | None,
+               reference: torch.Tensor | None, step: int, progress: float) -> tuple[float, float, list]:
+        """Let the algorithm weigh the tokens and take the optimiser steps.
+
+        Returns (loss, gradient norm before clipping, entropy sums of the micro-batches), all of the last step.
+        """
         rows = micro_batches(len(rollouts.responses), self.settings.micro_batch_size)
         where = (rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows)
-        reference = None
-        if self.policy.reference is not None:
-            reference = self.policy.reference_logprobs(*where, rollouts.width, self._temperature)
         signal = make_signal(self.algorithm, batch, stats, reference, progress)
         for _ in range(self.settings.updates_per_batch):
             token_loss = micro_batch_loss(self.algorithm, signal, batch, rows, progress)
@@ -130,12 +140,22 @@ class Trainer:
                                      "model.dtype=float32 to see whether it is rounding")
         return value, norm, entropy_sums
 
-    def evaluate(self, step: int) -> None:
-        """Measure every evaluation set and keep figures, rows and a picture."""
-        for name, shards in self.config.evaluation.sets.items():
-            result, rows, picture = self.evaluator.run(name, shards)
+    def _sets_due(self, step: int) -> list[str]:
+        """The sets to evaluate after ``step`` optimiser batches."""
+        settings = self.config.evaluation
+        at_end = step == self.settings.num_steps and settings.at_end
+        due = settings.at_start if step == 0 else at_end or (settings.every and step % settings.every == 0)
+        return list(settings.sets) if due else []
+
+    def _result_path(self, name: str, step: int) -> Path:
+        return self.folder / "evaluation" / f"{name}-{step:06d}.json"
+
+    def evaluate(self, step: int, names: list[str]) -> None:
+        """Measure evaluation sets and keep figures, rows and a picture of each."""
+        for name in names:
+            result, rows, picture = self.evaluator.run(name, self.config.evaluation.sets[name])
             if self.context.is_writer:
-                path = result_path(self.folder, name, step)
+                path = self._result_path(name, step)
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, {"set": name, "step": step, **result, "rows": rows})
                 if picture is not None:
@@ -164,15 +184,26 @@ class Trainer:
         self.policy.load(found[-1])
         return state["step"]
 
-    def _prepare_folder(self) -> None:
-        """Refuse to mix two runs in one folder, before anything is loaded; the first process makes the folder."""
-        used = (self.folder / "metrics.jsonl").exists()
-        if used and not (self.settings.resume or self.settings.overwrite):
+    def _check_folder(self) -> None:
+        """Refuse to mix two runs in one folder, or to replace one that this run starts from."""
+        if self._folder_is_used and not (self.settings.resume or self.settings.overwrite):
             raise ValueError(f"{self.folder} already holds a run; set trainer.resume=true to go on with it, "
                              "trainer.overwrite=true to replace it, or choose another trainer.output_dir")
-        dist.barrier()  # all have looked before one of them writes
+        shards = [self.config.data.shards, *self.config.evaluation.sets.values()]
+        for path in (self.config.model.path, *(path for paths in shards for path in expand_shards(paths))):
+            if self.settings.overwrite and self.folder.resolve() in Path(path).resolve().parents:
+                raise ValueError(f"trainer.overwrite=true would remove {path}, which this run reads; choose another "
+                                 "trainer.output_dir")
+
+    @property
+    def _folder_is_used(self) -> bool:
+        return any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+
+    def _prepare_folder(self) -> None:
+        """Make or empty the folder, on the first process, once everything that can be refused has been loaded."""
+        dist.barrier()  # all have looked into the folder before one of them writes
         if self.context.rank == 0:
-            if used and self.settings.overwrite:
+            if self._folder_is_used and self.settings.overwrite:
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             save_resolved(self.config, self.folder / "config.yaml")
@@ -198,6 +229,10 @@ class Trainer:
             self.log.say(f"resumed after step {self.start_step}")
         if self.context.is_writer:
             write_json(self.folder / "deepspeed_config.json", self.policy.engine.config)
+            write_json(self.folder / "run.json", {
+                "layout": self.context.layout, "world_size": self.context.world_size,
+                "device": self.context.device.type, "algorithm": self.config.algorithm_name,
+                "algorithm_mark": self.algorithm.mark, "family": model.spec.family})
 
     def _report(self, step: int, metrics: dict, rollouts: Rollouts, judgement: Judgement | None, seconds: float):
         tokens = self.context.sum_over_data(self.clock.tensor(rollouts.num_tokens))

@@ -1,0 +1,40 @@
+# make setup   the environment, in .venv
+# make test    the whole test suite
+# make demo    warm-up and reinforcement learning on 2 ranks, with figures and a picture in runs/demo
+# make clean   remove what these made
+#
+# Variables: PYTHON (3.11 or newer), PIP_ARGS (for pip install, such as the index of CPU-only torch wheels),
+# DEMO_ARGS (for tools/run_demo.py), TEST_ARGS (for pytest).
+
+PYTHON ?= python3
+PIP_ARGS ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+# DeepSpeed compiles a small extension at its first use; it is kept inside the environment
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+
+.PHONY: setup test demo clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.txt requirements-test.txt constraints.txt tools/warm_up.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "megavg needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
+	@command -v g++ >/dev/null || { echo "megavg needs a C++ compiler (g++), which DeepSpeed compiles with"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_ARGS) \
+	    -r requirements-test.txt
+	$(BIN)/python tools/warm_up.py
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest --durations=10 $(TEST_ARGS)
+
+demo: setup
+	$(BIN)/python tools/run_demo.py $(DEMO_ARGS)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .hypothesis
