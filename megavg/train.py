@@ -10,10 +10,12 @@ if not __package__:  # started as a file: the repository root takes the place of
 
 
 def main(argv: list[str] | None = None) -> int:
+    from megavg.parallel.quiet import quieten
     from megavg.trainer.config import parse_command_line
 
     try:
         config = parse_command_line(argv)
+        quieten()
         from megavg.trainer.bad_data import BadData
         from megavg.trainer.trainer import Trainer
 

@@ -41,7 +41,7 @@ def read_scenes(args: argparse.Namespace) -> Iterable[Any]:
     """Procedurally drawn scenes of coloured shapes."""
     from megavg.data.scenes import scenes
 
-    options = _given(args, ("min_objects", "max_objects"))
+    options = _given(args, ("min_objects", "max_objects", "min_side", "max_side", "shapes", "colours"))
     if "min_objects" in options:
         options.setdefault("max_objects", options["min_objects"])
     return scenes(args.count, args.seed, getattr(args, "image_size", 96), **options)
@@ -57,7 +57,7 @@ def read_annotations(args: argparse.Namespace) -> Iterable[Any]:
 # A further format is one entry here, a reader in megavg/data/readers, and its options in add_source_options.
 FORMATS = {
     "scenes": Format("drawn scenes of coloured shapes", read_scenes, ("count",),
-                     ("image_size", "min_objects", "max_objects")),
+                     ("image_size", "min_objects", "max_objects", "min_side", "max_side", "shapes", "colours")),
     "jsonl": Format("a JSONL file of pictures with boxes", read_annotations, ("annotations",), ("split",)),
 }
 
@@ -67,6 +67,11 @@ def whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def names(text: str) -> list[str]:
+    """Words separated by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def size(text: str) -> tuple[int, int]:
@@ -89,6 +94,10 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     add("--image-size", "side of a scene in pixels (default 96)", type=whole, metavar="PX")
     add("--min-objects", "fewest objects in a scene (default 1)", type=whole, metavar="N")
     add("--max-objects", "most objects in a scene (default: --min-objects)", type=whole, metavar="N")
+    add("--min-side", "smallest side of an object as a share of the picture", type=float, metavar="SHARE")
+    add("--max-side", "largest side of an object as a share of the picture", type=float, metavar="SHARE")
+    add("--shapes", "shapes to choose from, such as circle,square (default: all)", type=names, metavar="NAMES")
+    add("--colours", "colours to choose from, such as red,blue (default: all)", type=names, metavar="NAMES")
     add("--annotations", "the JSONL file; image paths are relative to it", metavar="FILE")
     add("--split", "take only this split (default: all)", metavar="NAME")
 

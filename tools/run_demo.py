@@ -41,7 +41,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(*command: str) -> None:
     """Run a command from the repository root with its output shown; end the demo when it fails."""
     print(f"$ {' '.join(command)}", flush=True)
-    finished = subprocess.run([str(part) for part in command], cwd=ROOT)
+    environment = dict(os.environ)
+    if shutil.which("nvidia-smi") is None:
+        environment["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed warns that it found no accelerator
+    finished = subprocess.run(command, cwd=ROOT, env=environment)
     if finished.returncode:
         sys.exit(f"run_demo: the command above failed with exit code {finished.returncode}")
 
@@ -74,9 +77,11 @@ def make_data(data: Path, num_scenes: int) -> None:
     annotations = ["--annotations", "examples/data/webdocs_gui/annotations.jsonl"]
     side = f"{IMAGE_SIDE}x{IMAGE_SIDE}"
     crops = ["--crop", f"{2 * IMAGE_SIDE}x{2 * IMAGE_SIDE}", "--resize", side]
-    scenes = ["--format", "scenes", "--image-size", str(IMAGE_SIDE)]
+    scenes = ["--format", "scenes", "--image-size", str(IMAGE_SIDE), "--shapes", "circle,square,triangle",
+              "--colours", "red,green,blue,yellow,orange,purple"]
     tool("make_shards", *scenes, "--count", str(num_scenes), "--seed", "1", "--out", str(data / "scenes"))
     tool("make_shards", *scenes, "--count", "256", "--seed", "2", "--out", str(data / "held_out_scenes"))
+    tool("make_shards", *scenes, "--count", "128", "--seed", "3", "--out", str(data / "validation_scenes"))
     screens = ["--format", "jsonl", *annotations]
     tool("make_shards", *screens, "--split", "train", *crops, "--out", str(data / "crops"))
     tool("make_shards", *screens, "--split", "test", *crops, "--out", str(data / "held_out_crops"))

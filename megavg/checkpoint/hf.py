@@ -35,6 +35,14 @@ def _legacy_name(name: str) -> str:
     return name
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is damaged: expected a JSON object with a weight_map, got {error!r}; copy the "
+                         "checkpoint again") from error
+
+
 class HFCheckpoint:
     """Lazily read the safetensors files of one checkpoint directory.
 
@@ -58,7 +66,7 @@ class HFCheckpoint:
     def _read_index(self) -> dict[str, str]:
         index = self.directory / INDEX
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = _weight_map(index)
             for file in sorted(set(weight_map.values())):
                 if not (self.directory / file).is_file():
                     raise FileNotFoundError(f"{self.directory / file} is missing, but {index} lists it; copy the "
@@ -89,7 +97,14 @@ class HFCheckpoint:
         if stored is None:
             raise ValueError(f"tensor {name} is missing in {self.directory}; the checkpoint is incomplete or of "
                              "another model than its config.json says")
-        return self._open(self._file_of[stored]).get_tensor(stored)
+        from safetensors import SafetensorError
+
+        file = self._file_of[stored]
+        try:
+            return self._open(file).get_tensor(stored)
+        except SafetensorError as error:
+            raise ValueError(f"{self.directory / file} does not hold tensor {stored} ({error}), but {INDEX} says so; "
+                             "copy the checkpoint again") from error
 
 
 def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], source: HFCheckpoint,
@@ -144,7 +159,10 @@ def _write_shards(folder: Path, tensors, legacy: bool, max_shard_bytes: int) -> 
 
     def flush():
         nonlocal pending, pending_bytes
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        path = folder / f"shard-{len(shards)}"
+        save_file(pending, path, metadata={"format": "pt"})
+        # safetensors writes files that only their owner can read; weights are for everyone who may read config.json
+        path.chmod((folder / "config.json").stat().st_mode & 0o777)
         shards.append({name: tensor.nbytes for name, tensor in pending.items()})
         pending, pending_bytes = {}, 0
 

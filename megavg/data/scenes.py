@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, Sequence
 
 from PIL import Image, ImageDraw
 
@@ -31,15 +31,19 @@ class SceneObject:
 
 
 def scenes(count: int, seed: int, size: int | tuple[int, int] = 96, min_objects: int = 1,
-           max_objects: int = 1) -> Iterator[Sample]:
-    """Yield ``count`` scenes; scene i depends on (seed, i) and the options alone, whatever ``count`` is."""
+           max_objects: int = 1, **options) -> Iterator[Sample]:
+    """Yield ``count`` scenes; scene i depends on (seed, i) and the options alone, whatever ``count`` is.
+
+    ``options`` are those of ``draw_scene``.
+    """
     for index in range(count):
         rng = random.Random(f"megavg.data.scenes/{seed}/{index}")
-        yield draw_scene(rng, size, min_objects, max_objects, key=f"scene-{seed}-{index:08d}")
+        yield draw_scene(rng, size, min_objects, max_objects, key=f"scene-{seed}-{index:08d}", **options)
 
 
 def draw_scene(rng: random.Random, size: int | tuple[int, int] = 96, min_objects: int = 1, max_objects: int = 5,
-               min_side: float | None = None, max_side: float | None = None, key: str = "scene") -> Sample:
+               min_side: float | None = None, max_side: float | None = None, key: str = "scene",
+               shapes: Sequence[str] = SHAPES, colours: Sequence[str] = tuple(COLOURS)) -> Sample:
     """Draw one scene whose expression names exactly one of its objects, such as "the red circle".
 
     Where several objects share colour and shape, the expression adds a size or position word, and only one that
@@ -52,6 +56,7 @@ def draw_scene(rng: random.Random, size: int | tuple[int, int] = 96, min_objects
         min_side, max_side: sides of an object as shares of the shorter side of the picture. Default: 0.25 and 0.5,
             divided by the square root of the number of objects, so that a crowd fits.
         key: of the sample.
+        shapes, colours: what to choose from, out of ``SHAPES`` and ``COLOURS``.
 
     Raises:
         ValueError: options out of range, or objects too large to fit beside each other.
@@ -61,11 +66,14 @@ def draw_scene(rng: random.Random, size: int | tuple[int, int] = 96, min_objects
         raise ValueError(f"min_objects={min_objects}, max_objects={max_objects}: expected 1 <= min <= max")
     if min(width, height) < 32:
         raise ValueError(f"size {width} x {height}: expected at least 32 pixels a side")
+    for option, chosen, known in (("shapes", shapes, SHAPES), ("colours", colours, COLOURS)):
+        if not chosen or not set(chosen) <= set(known):
+            raise ValueError(f"{option}={list(chosen)}: expected one or more of {', '.join(known)}")
     count = rng.randint(min_objects, max_objects)
     sides = _sides(min(width, height), count, min_side, max_side)
     for _ in range(_TRIES):
         image = Image.new("RGB", (width, height), tuple(rng.randint(205, 255) for _ in range(3)))
-        objects = _place(rng, image, count, sides)
+        objects = _place(rng, image, count, sides, shapes, colours)
         found = _choose_target(rng, objects, width, height) if objects else None
         if found:
             target, expression = found
@@ -84,11 +92,12 @@ def _sides(shorter: int, count: int, min_side: float | None, max_side: float | N
     return max(6, round(low * shorter)), max(6, round(high * shorter))
 
 
-def _place(rng: random.Random, image: Image.Image, count: int, sides: tuple[int, int]) -> list[SceneObject] | None:
+def _place(rng: random.Random, image: Image.Image, count: int, sides: tuple[int, int], shapes: Sequence[str],
+           colours: Sequence[str]) -> list[SceneObject] | None:
     """Draw ``count`` objects apart from each other; None when one finds no room."""
     objects: list[SceneObject] = []
     while len(objects) < count:
-        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+        shape, colour = rng.choice(shapes), rng.choice(colours)
         width, height = _extent(rng, shape, sides)
         for _ in range(_TRIES):
             x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)

@@ -15,7 +15,7 @@ from torch import nn
 from megavg.checkpoint.hf import HFCheckpoint
 from megavg.checkpoint.weight_map import WeightEntry, WeightMap
 from megavg.models.layers.language_model import DecoderDims
-from megavg.models.layers.stage import QwenVLStage
+from megavg.models.layers.stage import QwenVLStage, layer_range
 from megavg.parallel.context import ParallelContext
 from megavg.protocols.plugin import load_module
 
@@ -63,6 +63,7 @@ class Model:
     def build_stage(self, context: ParallelContext, dtype: torch.dtype) -> QwenVLStage:
         """This rank's stage on its device, with weights not loaded yet."""
         self.dims.check(context.tp_size)
+        self._check_stages(context.pp_size)
         with torch.device(context.device):
             stage = QwenVLStage(self.dims, self.config.image_token_id, self.spec.make_rotary(self.config.text_config),
                                 lambda: self._vision_tower(dtype), self.spec.vision_features, context, dtype)
@@ -71,6 +72,20 @@ class Model:
                 # DeepSpeed's gradient norm counts a replicated parameter once
                 parameter.model_parallel = context.tp_rank == 0
         return stage
+
+    def _check_stages(self, pp_size: int) -> None:
+        """Refuse stages that would drop features or train two copies of one matrix, before anything is built."""
+        if pp_size == 1:
+            return
+        if self.dims.tie_embeddings:
+            raise ValueError(f"{self.checkpoint.directory} ties embedding and head, which pipeline stages cannot share "
+                             "yet; set parallel.pipeline_model_parallel_size=1")
+        num_added = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
+        num_first = len(layer_range(self.dims.num_layers, pp_size, 0))
+        if num_added > num_first:
+            raise ValueError(f"deepstack features enter the first {num_added} layers, but the first of {pp_size} stages "
+                             f"holds {num_first} of {self.dims.num_layers}; lower "
+                             "parallel.pipeline_model_parallel_size")
 
     def _vision_tower(self, dtype: torch.dtype) -> nn.Module:
         from transformers.initialization import no_init_weights

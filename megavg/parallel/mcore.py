@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
-import warnings
 
 import torch
 import torch.distributed as dist
 
 from megavg.parallel.context import ParallelContext
+from megavg.parallel.quiet import quieten
 
 
 def check_world_size(world_size: int, tensor: int, pipeline: int) -> None:
@@ -37,7 +36,7 @@ def start_processes(timeout_minutes: float = 30.0) -> torch.device:
     NCCL for CUDA, gloo for CPU. On CPU each process takes its share of the machine's cores.
     """
     device = _device()
-    _quieten()
+    quieten()
     for key, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": "29500"}.items():
         os.environ.setdefault(key, alone)
@@ -50,14 +49,6 @@ def start_processes(timeout_minutes: float = 30.0) -> torch.device:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     return device
-
-
-def _quieten() -> None:
-    """Keep the libraries' chatter off the console, so that what matters is seen."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives under names that torch has begun to rename, once per call
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|deepspeed)\.")
 
 
 def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelContext:

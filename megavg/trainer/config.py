@@ -123,6 +123,8 @@ class EvaluationConfig:
         every: evaluate every so many steps; 0 never.
         limit: at most so many samples of each set; 0 takes all.
         pictures: samples drawn in the picture of each set.
+        stop_at: name of a set -> Acc@0.5 at which the training has reached its goal; it ends early when an evaluation
+            finds all of them reached.
     """
 
     sets: dict = field(default_factory=dict)
@@ -131,9 +133,17 @@ class EvaluationConfig:
     every: int = 0
     limit: int = 0
     pictures: int = 12
+    stop_at: dict = field(default_factory=dict)
 
     def __post_init__(self):
         _at_least(self, 0, "every", "limit", "pictures")
+        for name, goal in self.stop_at.items():
+            if name not in self.sets:
+                raise ValueError(f"stop_at.{name} is not one of the evaluation sets{nearest(str(name), self.sets)}")
+            if isinstance(goal, bool) or not isinstance(goal, (int, float)) or not 0 < goal <= 1:
+                raise ValueError(f"stop_at.{name}: expected an Acc@0.5 in (0, 1], got {goal!r}")
+        if self.stop_at and not self.every:
+            raise ValueError("stop_at needs evaluations on the way; set every to a number of steps")
         for name, shards in self.sets.items():
             if not re.fullmatch(r"[\w.-]+", str(name)):
                 raise ValueError(f"sets: the name {name!r} may only hold letters, digits, '_', '-' and '.'")

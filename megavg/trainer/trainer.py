@@ -68,7 +68,9 @@ class Trainer:
             done = step + 1
             if self.settings.save_every and done % self.settings.save_every == 0:
                 self.save(done)
-            self.evaluate(done, self._sets_due(done))
+            if self._goal_reached(self.evaluate(done, self._sets_due(done))):
+                self.log.say(f"every goal of evaluation.stop_at is reached: the training ends after step {done}")
+                break
         if self.settings.export_hf:
             self.policy.export_hf(self.folder / "hf")
             self.log.say(f"the trained model is in {self.folder / 'hf'}")
@@ -150,8 +152,9 @@ class Trainer:
     def _result_path(self, name: str, step: int) -> Path:
         return self.folder / "evaluation" / f"{name}-{step:06d}.json"
 
-    def evaluate(self, step: int, names: list[str]) -> None:
-        """Measure evaluation sets and keep figures, rows and a picture of each."""
+    def evaluate(self, step: int, names: list[str]) -> dict[str, float]:
+        """Measure evaluation sets and keep figures, rows and a picture of each; returns Acc@0.5 by set."""
+        accuracy = {}
         for name in names:
             result, rows, picture = self.evaluator.run(name, self.config.evaluation.sets[name])
             if self.context.is_writer:
@@ -164,6 +167,12 @@ class Trainer:
             self.log.record(step, {f"eval/{name}/{key}": value for key, value in figures.items()})
             self.log.say(f"{name} at step {step}: Acc@0.5 {result['acc_at_50']:.3f}  mean IoU {result['mean_iou']:.3f}"
                          f"  parsed {result['parse_rate']:.3f}  ({result['num_samples']} samples)")
+            accuracy[name] = result["acc_at_50"]
+        return accuracy
+
+    def _goal_reached(self, accuracy: dict[str, float]) -> bool:
+        goals = self.config.evaluation.stop_at
+        return bool(goals) and all(accuracy.get(name, 0.0) >= goal for name, goal in goals.items())
 
     def save(self, step: int) -> None:
         """Keep a checkpoint that ``trainer.resume=true`` goes on from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_fp32_equals_transformers(measured, case, tp_size):
     for found in measured:
         figures = found[case, tp_size, "float32"]
         assert figures["spread"] > 0.5, "the logits must differ enough for the comparison to mean something"
+        assert figures["picture"] > 0.01, "the logits must depend on the picture"
         assert figures["logits"] <= 1e-5
         assert figures["logprobs"] <= 1e-5
         assert figures["entropy"] <= 1e-5
@@ -72,6 +74,7 @@ def _differences(folder: Path, context, dtype: torch.dtype) -> dict[str, float]:
     logits = _all_logits(stage, inputs, context)[..., :model.dims.vocab_size]
 
     reference = hf_model(folder)
+    negative = dataclasses.replace(prompts[0], pixel_values=-prompts[0].pixel_values)
     rows = list(zip(PROMPT_OF_ROW, answers))
     expected = [hf_logits(reference, prompts[p], answer) for p, answer in rows]
     scores = [hf_scores(reference, prompts[p], answer, TEMPERATURE) for p, answer in rows]
@@ -80,6 +83,7 @@ def _differences(folder: Path, context, dtype: torch.dtype) -> dict[str, float]:
         "logprobs": float((logprobs - torch.cat([s[0] for s in scores])).abs().max()),
         "entropy": float((entropy - torch.cat([s[1] for s in scores])).abs().max()),
         "spread": float(torch.cat(expected).std()),
+        "picture": float((hf_logits(reference, negative, answers[0]) - expected[0])[-1].abs().max()),
         "checksum": (logprobs.tolist(), entropy.tolist()),
     }
 

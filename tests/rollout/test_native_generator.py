@@ -1,0 +1,204 @@
+"""The native generator: tokens of transformers' generate, log-probs of the scorer, whatever the passes and the layout."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavg.protocols.options import SamplingParams
+from tests.distributed import run_ranks
+from tests.tiny_models import builder_of, encode_pictures, hf_model, hf_scores, processor_of, sharpened
+
+FAMILIES, TP_SIZES = ("qwen2_5_vl", "qwen3_vl"), (1, 2)
+NUM_ANSWERS, MAX_NEW_TOKENS = 3, 20
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
+TEMPERATURES = (0.7, 1.0)
+PASSES = (1, 3, 16)  # prompts_per_pass for the four prompts
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints):
+    return {family: sharpened(checkpoints(family)) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def measured(folders):
+    """What both of two ranks generated, by (family, tensor-parallel size)."""
+    pickled = run_ranks(2, _measure_all, {family: str(folder) for family, folder in folders.items()})
+    return [pickle.loads(found) for found in pickled]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_generate(measured, folders, family):
+    """Prompts of different lengths and picture sizes in one pass; some answers end early, some are cut."""
+    expected = _hf_greedy(folders[family])
+    assert len({len(answer) for answer in expected}) > 1
+    for tp_size in TP_SIZES:
+        assert measured[0][family, tp_size]["greedy"].responses == expected
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_logprobs_equal_the_scorers(measured, family, tp_size):
+    for temperature in TEMPERATURES:
+        assert measured[0][family, tp_size]["gap to scorer"][temperature] <= 1e-5
+        assert measured[0][family, tp_size]["gap between micro-batches"][temperature] <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_logprobs_equal_transformers(measured, folders, family):
+    model = hf_model(folders[family])
+    prompts = encode_pictures(_processor(folders[family]))
+    for temperature in TEMPERATURES:
+        found = measured[0][family, 2]["sampled"][temperature]
+        for b, response in enumerate(found.responses):
+            with torch.no_grad():
+                theirs, _ = hf_scores(model, prompts[b // NUM_ANSWERS], response, temperature)
+            assert float((found.logprobs[b, :len(response)] - theirs).abs().max()) <= 1e-5
+            assert not found.logprobs[b, len(response):].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_answers_in_every_pass_size_and_layout(measured, family):
+    for temperature in TEMPERATURES:
+        expected = measured[0][family, 1]["sampled"][temperature]
+        for found in (rank[family, tp_size] for rank in measured for tp_size in TP_SIZES):
+            for other in [found["sampled"][temperature], *found["passes"][temperature]]:
+                assert other.responses == expected.responses
+                assert other.truncated == expected.truncated
+                torch.testing.assert_close(other.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streams_and_answers_differ(measured, family):
+    sampled, other = (measured[0][family, 1][key] for key in ("sampled", "other streams"))
+    rows = sampled[1.0].responses
+    assert len({tuple(row) for row in rows}) == len(rows)
+    assert all(a != b for a, b in zip(rows, other.responses))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_end_token_stops_and_limit_truncates(measured, folders, family):
+    ends = set(_end_tokens(_processor(folders[family])))
+    seen = set()
+    for temperature in TEMPERATURES:
+        found = measured[0][family, 1]["sampled"][temperature]
+        for response, truncated in zip(found.responses, found.truncated):
+            assert not ends & set(response[:-1])
+            assert truncated == (response[-1] not in ends)
+            assert len(response) == MAX_NEW_TOKENS if truncated else len(response) <= MAX_NEW_TOKENS
+            seen.add(truncated)
+    assert seen == {True, False}, "both ways to end must occur"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forbidden_tokens_are_never_sampled(measured, folders, family):
+    """Two forbidden rows of the head point in opposite directions, so one of them always has the largest logit."""
+    forbidden = set(_processor(folders[family]).forbidden_token_ids)
+    for found in measured[0][family, 1]["forbidden best"]:
+        assert not forbidden & {token for response in found.responses for token in response}
+        steps = torch.cat([row[:len(response)] for row, response in zip(found.logprobs, found.responses)])
+        assert float(steps.median()) < -5, "the forbidden tokens must hold most of the probability"
+
+
+def test_pipeline_stages_are_refused(folders):
+    from megavg.models.base import load_model
+    from megavg.parallel.context import ParallelContext
+    from megavg.rollout.native import NativeGenerator
+
+    context = ParallelContext(2, 0, 1, 0, None, 2, 0, None, 1, 0, None, torch.device("cpu"))
+    with pytest.raises(ValueError, match="set parallel.pipeline_model_parallel_size=1"):
+        NativeGenerator(load_model(folders["qwen3_vl"]), None, context, torch.float32, [0], [1])
+
+
+def _processor(folder: Path):
+    from megavg.models.base import load_model
+
+    return processor_of(folder, load_model(folder))
+
+
+def _end_tokens(processor) -> list[int]:
+    """The family's end tokens and every 16th ordinary one: a random model would hardly ever stop by itself."""
+    return sorted({*processor.end_token_ids, *range(0, processor.vocab_size, 16)} - set(processor.forbidden_token_ids))
+
+
+@torch.no_grad()
+def _hf_greedy(folder: Path) -> list[list[int]]:
+    model, processor = hf_model(folder), _processor(folder)
+    answers = []
+    for prompt in encode_pictures(processor):
+        ids = torch.tensor([prompt.input_ids])
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values,
+            image_grid_thw=torch.tensor([prompt.image_grid_thw]),
+            mm_token_type_ids=(ids == processor.image_token_id).int(), do_sample=False,
+            max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=list(processor.forbidden_token_ids),
+            eos_token_id=_end_tokens(processor), pad_token_id=processor.pad_token_id)
+        answers.append(output[0, ids.shape[1]:].tolist())
+    return answers
+
+
+def _measure_all(folders: dict[str, str]) -> bytes:
+    """Pickled here by value: a tensor in torch's queue lives only as long as the process that put it there."""
+    from megavg.parallel.mcore import make_context
+
+    found = {}
+    for tp_size in TP_SIZES:
+        context = make_context(tp_size, 1, torch.device("cpu"))
+        for family, folder in folders.items():
+            found[family, tp_size] = _measure(Path(folder), context)
+    return pickle.dumps(found)
+
+
+def _measure(folder: Path, context) -> dict:
+    from megavg.models.base import load_model
+    from megavg.rollout.native import NativeGenerator
+
+    model = load_model(folder)
+    processor = processor_of(folder, model)
+    generator = NativeGenerator(model, builder_of(model, processor, context), context, torch.float32,
+                                _end_tokens(processor), processor.forbidden_token_ids)
+    generator.load_weights(model.hf_weights(generator.stage, context))
+    prompts = encode_pictures(processor)
+    streams = [f"stream {p}" for p in range(len(prompts))]
+    found = {"greedy": generator.generate(prompts, 1, GREEDY, streams), "sampled": {}, "passes": {},
+             "gap to scorer": {}, "gap between micro-batches": {}}
+    for temperature in TEMPERATURES:
+        params = SamplingParams(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS)
+        sampled = found["sampled"][temperature] = generator.generate(prompts, NUM_ANSWERS, params, streams)
+        found["passes"][temperature] = [_in_passes(generator, size, prompts, params, streams) for size in PASSES]
+        gaps = _gaps(generator, prompts, sampled, temperature)
+        found["gap to scorer"][temperature], found["gap between micro-batches"][temperature] = gaps
+    found["other streams"] = generator.generate(prompts, NUM_ANSWERS, params, [f"other {s}" for s in streams])
+    found["forbidden best"] = _with_forbidden_best(generator, processor, prompts, [GREEDY, params], streams)
+    return found
+
+
+def _in_passes(generator, size: int, prompts, params, streams):
+    generator.prompts_per_pass, before = size, generator.prompts_per_pass
+    try:
+        return generator.generate(prompts, NUM_ANSWERS, params, streams)
+    finally:
+        generator.prompts_per_pass = before
+
+
+def _gaps(generator, prompts, sampled, temperature: float) -> tuple[float, float]:
+    """Largest difference of log-probs: sampling to scorer, and scorer to scorer one row at a time."""
+    width = sampled.logprobs.shape[1]
+    rows = [b // NUM_ANSWERS for b in range(len(sampled.responses))]
+    together = generator.score(prompts, rows, sampled.responses, width, temperature)
+    alone = torch.cat([generator.score([prompts[p]], [0], [response], width, temperature).logprobs
+                       for p, response in zip(rows, sampled.responses)])
+    return (float((together.logprobs - sampled.logprobs).abs().max()), float((together.logprobs - alone).abs().max()))
+
+
+def _with_forbidden_best(generator, processor, prompts, all_params, streams) -> list:
+    if generator.context.tp_size > 1:
+        return []
+    weight, (first, second) = generator.stage.head.weight, processor.forbidden_token_ids[:2]
+    weight[first] = 100 * weight[0]
+    weight[second] = -weight[first]
+    return [generator.generate(prompts, NUM_ANSWERS, params, streams) for params in all_params]

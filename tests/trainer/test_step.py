@@ -1,0 +1,178 @@
+"""The reduction: shares over the whole optimiser batch, so that neither ranks nor micro-batches change the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megavg.algorithms.ecvgpo import ECVGPO
+from megavg.algorithms.sft import SFT
+from megavg.protocols.batch import TokenScores
+from megavg.protocols.options import OptimizerConfig, ZeroConfig
+from megavg.trainer.config import ModelConfig
+from megavg.trainer.step import coefficients, make_signal, micro_batch_loss, micro_batches
+from tests.distributed import run_ranks
+from tests.rollout_batches import on_threads, random_batch, rows_of
+
+AGGREGATIONS = ("response_mean", "token_mean")
+OPTIONS = {"alpha": 0.4, "entropy_coefficient": 0.01, "kl_coefficient": 0.04}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("cut", [4, 8])
+def test_shares_sum_to_one_over_two_ranks(aggregation, cut):
+    batch, stats = random_batch(3)
+    rows = len(batch.rewards)
+
+    def on_rank(rank, all_sum):
+        part, _ = rows_of(batch, stats, *((0, cut) if rank == 0 else (cut, rows)), all_sum)
+        return coefficients(part, aggregation)
+
+    shares = torch.cat(on_threads(2, on_rank))
+    assert float(shares.sum()) == pytest.approx(1, abs=1e-6)
+    assert torch.allclose(shares, coefficients(batch, aggregation), rtol=1e-6, atol=0)
+    assert (shares[batch.mask] > 0).all() and (shares[~batch.mask] == 0).all()
+
+
+def test_shares_by_hand():
+    batch, _ = random_batch()
+    batch = replace(batch, mask=torch.tensor([[True, True, True, True], [True, False, False, False]]))
+    assert coefficients(batch, "response_mean").tolist() == [[0.125] * 4, [0.5, 0, 0, 0]]
+    assert coefficients(batch, "token_mean")[0].tolist() == pytest.approx([0.2] * 4)
+    with pytest.raises(ValueError, match="algorithm.aggregation='sum' is not one of response_mean, token_mean"):
+        coefficients(batch, "sum")
+
+
+def test_micro_batches_cover_every_row_once():
+    for rows, size in ((8, 1), (8, 3), (8, 8), (8, 100), (1, 5)):
+        cut = micro_batches(rows, size)
+        assert [b for part in cut for b in part] == list(range(rows)) and max(map(len, cut)) <= size
+
+
+class TinyPolicy(torch.nn.Module):
+    """Scores tokens of a vocabulary of 11, given a feature of each position; double precision."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(11, 6, generator=generator, dtype=torch.float64))
+
+    def forward(self, features: torch.Tensor, tokens: torch.Tensor) -> TokenScores:
+        logp = (features @ self.weight.t()).log_softmax(-1)
+        return TokenScores(logp.gather(-1, tokens[..., None])[..., 0], -(logp.exp() * logp).sum(-1))
+
+
+def loss_and_gradient(algorithm, batch, stats, reference, data, size: int):
+    """Summed loss and gradient of one rank's rows, worked through in micro-batches of ``size``."""
+    features, tokens = data
+    signal = make_signal(algorithm, batch, stats, reference, 0.5)
+    policy = TinyPolicy()
+    rows = micro_batches(len(batch.rewards), size)
+    loss = micro_batch_loss(algorithm, signal, batch, rows, 0.5)
+    total = 0.0
+    for i, part in enumerate(rows):
+        keep = batch.mask[part.start:part.stop]
+        new = policy(features[part.start:part.stop], tokens[part.start:part.stop])
+        value = loss(i, new.logprobs[keep], new.entropy[keep])
+        value.backward()
+        total += float(value.detach())
+    return total, policy.weight.grad
+
+
+def tiny_problem():
+    batch, stats = random_batch(6, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(*batch.mask.shape, 6, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(11, batch.mask.shape, generator=generator)
+    scores = TinyPolicy()(features, tokens)
+    old = (scores.logprobs.detach() + 0.3 * torch.randn(batch.mask.shape, generator=generator)) * batch.mask
+    stats = TokenScores(old, scores.entropy.detach() * batch.mask)
+    reference = (old - 0.2) * batch.mask
+    return batch, stats, reference, features, tokens
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("make", [lambda a: ECVGPO(ECVGPO.Config(aggregation=a, **OPTIONS)),
+                                  lambda a: SFT(SFT.Config(aggregation=a, entropy_coefficient=0.01))])
+def test_loss_and_gradient_do_not_depend_on_micro_batches_or_ranks(aggregation, make):
+    batch, stats, reference, features, tokens = tiny_problem()
+    rows = len(batch.rewards)
+    loss, gradient = loss_and_gradient(make(aggregation), batch, stats, reference, (features, tokens), rows)
+    assert abs(loss) > 1e-3 and gradient.abs().max() > 1e-3
+    for size in (1, 3, 7):
+        other, other_gradient = loss_and_gradient(make(aggregation), batch, stats, reference, (features, tokens), size)
+        assert other == pytest.approx(loss, abs=1e-6) and torch.allclose(other_gradient, gradient, rtol=0, atol=1e-6)
+
+    def on_rank(rank, all_sum):
+        start, stop = (0, 8) if rank == 0 else (8, rows)
+        part = rows_of(batch, stats, start, stop, all_sum)
+        data = (features[start:stop], tokens[start:stop])
+        return loss_and_gradient(make(aggregation), *part, reference[start:stop], data, 3)
+
+    (one, first), (two, second) = on_threads(2, on_rank)
+    assert one + two == pytest.approx(loss, abs=1e-6) and torch.allclose(first + second, gradient, rtol=0, atol=1e-6)
+
+
+def test_reduction_against_plain_loops():
+    batch, stats, reference, features, tokens = tiny_problem()
+    algorithm = ECVGPO(ECVGPO.Config(**OPTIONS))
+    signal = make_signal(algorithm, batch, stats, reference, 0.5)
+    with torch.no_grad():
+        new = TinyPolicy()(features, tokens)
+    per_token = algorithm.token_loss(new, signal)
+    means = []
+    for b in range(len(batch.rewards)):
+        valid = batch.mask[b]
+        means.append(float((per_token[b][valid] - 0.01 * new.entropy[b][valid]).mean()))
+    found, _ = loss_and_gradient(algorithm, batch, stats, reference, (features, tokens), 5)
+    assert found == pytest.approx(sum(means) / len(means), abs=1e-6)
+
+
+def test_a_dropped_token_still_gets_the_entropy_bonus():
+    """``weights`` drop tokens from the policy loss; the bonus is on every token."""
+    batch, stats, reference, features, tokens = tiny_problem()
+    algorithm = SFT(SFT.Config(entropy_coefficient=0.5))
+    algorithm.weights = lambda batch, stats, progress: torch.zeros(batch.mask.shape, dtype=torch.float64)
+    loss, _ = loss_and_gradient(algorithm, batch, stats, None, (features, tokens), 4)
+    entropy = TinyPolicy()(features, tokens).entropy[batch.mask]
+    assert loss == pytest.approx(-0.5 * float(entropy.mean()), abs=1e-6)
+
+
+def real_updates(checkpoint: str, sizes: list[int]) -> list[tuple[float, float, dict]]:
+    """(loss, gradient norm, weights after one step) of the same 8 answers for each micro-batch size."""
+    from megavg.data.scenes import scenes
+    from megavg.parallel.mcore import make_context
+    from megavg.trainer.policy import Policy
+    from megavg.trainer.rollouts import Rollouts, encode, to_batch
+
+    context = make_context(1, 1, torch.device("cpu"))
+    found = []
+    for size in sizes:
+        # a large eps: otherwise AdamW blows rounding of a zero gradient up to a whole step
+        policy = Policy(ModelConfig(checkpoint, "float32"), OptimizerConfig(lr=1e-3, eps=1e-4), ZeroConfig(), context,
+                        with_reference=False, prompts_per_pass=16)
+        samples = list(scenes(2, seed=1))
+        prompts = encode(samples, policy.processor, "Locate {}.".format)
+        generator = torch.Generator().manual_seed(0)
+        responses = [torch.randint(10, 200, (3 + 2 * b,), generator=generator).tolist() for b in range(8)]
+        rollouts = Rollouts(samples, prompts, responses, [False] * 8, group_size=4)
+        rewards = torch.rand(8, generator=generator).tolist()
+        batch = to_batch(rollouts, rewards, policy.processor, context.device, context.sum_over_data)
+        rows = micro_batches(8, size)
+        where = (prompts, rollouts.prompt_of_row, responses, rows)
+        stats = policy.score(*where, rollouts.width, 1.0)
+        algorithm = ECVGPO(ECVGPO.Config(alpha=0.4, entropy_coefficient=0.01))
+        loss = micro_batch_loss(algorithm, make_signal(algorithm, batch, stats, None, 0.0), batch, rows, 0.0)
+        value, norm = policy.update(*where, loss, 1.0, 1e-3)
+        found.append((value, norm, {name: tensor.numpy().copy() for name, tensor in policy.engine.weights()}))
+    return found
+
+
+def test_a_real_update_does_not_depend_on_the_micro_batch_size(checkpoints):
+    whole, *others = run_ranks(1, real_updates, str(checkpoints("qwen3_vl")), [8, 1, 3])[0]
+    assert abs(whole[0]) > 1e-2 and whole[1] > 1e-2
+    for loss, norm, weights in others:
+        assert loss == pytest.approx(whole[0], abs=1e-6) and norm == pytest.approx(whole[1], rel=1e-5)
+        assert max(abs(weights[name] - whole[2][name]).max() for name in weights) <= 1e-6
