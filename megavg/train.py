@@ -10,6 +10,7 @@ if not __package__:  # started as a file: the repository root takes the place of
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says; 0, or 2 after an error that its message tells how to mend."""
     from megavg.parallel.quiet import quieten
     from megavg.trainer.config import parse_command_line
 

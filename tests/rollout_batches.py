@@ -27,7 +27,8 @@ def random_batch(seed: int = 0, num_prompts: int = 5, group_size: int = 4, width
     return batch, stats
 
 
-def rows_of(batch: RolloutBatch, stats: TokenScores, start: int, stop: int, all_sum) -> tuple[RolloutBatch, TokenScores]:
+def rows_of(batch: RolloutBatch, stats: TokenScores, start: int, stop: int,
+            all_sum) -> tuple[RolloutBatch, TokenScores]:
     """The rollouts ``start:stop`` as one rank of several holds them."""
     part = replace(batch, response_ids=batch.response_ids[start:stop], mask=batch.mask[start:stop],
                    rewards=batch.rewards[start:stop], answer_mask=batch.answer_mask[start:stop], all_sum=all_sum)

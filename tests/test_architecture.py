@@ -40,13 +40,11 @@ HOMES = {
     "vllm": {"rollout"},
 }
 # Rooms -> libraries that may not be imported at the top of their modules: a typo is answered before these are loaded.
-LATE = {"algorithms": {"torch"}, "rewards": {"torch"},
-        "train": {"torch", "megavg"}}
+LATE = {"algorithms": {"torch"}, "rewards": {"torch"}, "train": {"torch", "megavg"}}
 
 
 def room_of(path: Path) -> str:
-    parts = path.relative_to(ROOT / "megavg").with_suffix("").parts
-    return parts[0]
+    return path.relative_to(ROOT / "megavg").with_suffix("").parts[0]
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -119,7 +117,7 @@ def test_the_reader_of_imports_sees_lazy_ones():
 
 
 def test_algorithms_rewards_and_ops_run_with_torch_alone():
-    heavy = sorted({*HOMES, "numpy.random", "PIL", "safetensors"} - {"numpy.random"})
+    heavy = sorted({*HOMES, "PIL", "safetensors"})
     code = ("import importlib, sys\n"
             f"heavy = {heavy!r}\n"
             "sys.modules.update({name: None for name in heavy})\n"  # importing one of them fails
@@ -141,7 +139,8 @@ def test_functions_are_short_and_lines_fit(path):
     text = path.read_text()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno + 1 < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+            length = node.end_lineno - node.lineno + 1
+            assert length < 60, f"{node.name} has {length} lines"
     assert not [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 120]
     assert not [number for number, line in enumerate(text.splitlines(), 1) if line != line.rstrip()]
     assert not text or text.endswith("\n") and not text.endswith("\n\n")
@@ -149,14 +148,12 @@ def test_functions_are_short_and_lines_fit(path):
 
 @pytest.mark.parametrize("path", [p for p in PACKAGE + TOOLS if p.read_text().strip()], ids=relative)
 def test_everything_public_is_documented(path):
+    """Modules, and the classes and functions of the package; a tool's functions are nobody else's."""
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "the module"
-    undocumented = []
     public = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
-    for node in public:
-        if not ast.get_docstring(node) and node.name != "main":
-            undocumented.append(node.name)
-    assert not undocumented
+    if path in PACKAGE:
+        assert not [node.name for node in public if not ast.get_docstring(node)]
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=relative)

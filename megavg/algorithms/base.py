@@ -1,8 +1,8 @@
 """What an algorithm is: a handful of methods whose defaults are GRPO; a method overrides only what it changes.
 
-Adding one is a file: a module here (or anywhere, named with dots) that defines a subclass of ``Algorithm`` under the name
-``ALGORITHM``. The trainer is blind to which one runs. Modules of this room import torch only inside functions, so that a
-typo in an option is answered before torch is loaded.
+Adding one is a file: a module here (or anywhere, named with dots) that defines a subclass of ``Algorithm`` under the
+name ``ALGORITHM``. The trainer is blind to which one runs. Modules of this room import torch only inside functions, so
+that a typo in an option is answered before torch is loaded.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class ECVGPO(Algorithm):
     """GRPO whose positive advantages are weighted by w(I); alpha < 0 lowers entropy, alpha > 0 raises it. [ours]
 
     Where A > 0: A' = A w / m, with w = clip(1 + alpha (I - Ibar) / (Ibar + eps), w_min, w_max) for the linear form,
-    Ibar the mean of I over the positive tokens of the whole optimiser batch, and m = sum(A w) / sum(A) over them, so that
-    the sum of positive advantages stays as it was. Elsewhere A' = A. I is detached. alpha = 0 is GRPO bit for bit.
+    Ibar the mean of I over the positive tokens of the whole optimiser batch, and m = sum(A w) / sum(A) over them, so
+    that the sum of positive advantages stays as it was. Elsewhere A' = A. I is detached. alpha = 0 is GRPO bit for bit.
     """
 
     mark = "[ours]"

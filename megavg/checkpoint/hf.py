@@ -1,8 +1,8 @@
 """Read and write Hugging Face checkpoint directories, one tensor at a time.
 
-Tensors are named as transformers' modules name them (``model.visual.*``, ``model.language_model.*``). Files of the older
-kind (``visual.*``, ``model.*``: Qwen2-VL and Qwen2.5-VL on the hub) are read under the new names and written back under
-their own.
+Tensors are named as transformers' modules name them (``model.visual.*``, ``model.language_model.*``). Files of the
+older kind (``visual.*``, ``model.*``: Qwen2-VL and Qwen2.5-VL on the hub) are read under the new names and written
+back under their own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checkpoints of a running job, for going on in the same layout: written beside, renamed when whole.
 
-A folder ``step-000100`` holds the engine's state and ``trainer_state.json`` (step, data position, algorithm). There is no
-other hidden state: all randomness is derived from (seed, step, sample, answer).
+A folder ``step-000100`` holds the engine's state and ``trainer_state.json`` (step, data position, algorithm). There is
+no other hidden state: all randomness is derived from (seed, step, sample, answer).
 """
 
 from __future__ import annotations

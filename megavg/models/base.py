@@ -83,8 +83,8 @@ class Model:
         num_added = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
         num_first = len(layer_range(self.dims.num_layers, pp_size, 0))
         if num_added > num_first:
-            raise ValueError(f"deepstack features enter the first {num_added} layers, but the first of {pp_size} stages "
-                             f"holds {num_first} of {self.dims.num_layers}; lower "
+            raise ValueError(f"deepstack features enter the first {num_added} layers, but the first of {pp_size} "
+                             f"stages holds {num_first} of {self.dims.num_layers}; lower "
                              "parallel.pipeline_model_parallel_size")
 
     def _vision_tower(self, dtype: torch.dtype) -> nn.Module:

@@ -8,8 +8,8 @@ import torch
 def group_advantages(rewards: torch.Tensor, group_size: int, normalize_std: bool, eps: float) -> torch.Tensor:
     """Reward minus the mean of its group, divided by (std + eps) on request; [B] -> [B].
 
-    Groups are ``group_size`` neighbouring rows; the standard deviation is the unbiased one. A group whose rewards are all
-    equal gets exactly zero.
+    Groups are ``group_size`` neighbouring rows; the standard deviation is the unbiased one. A group whose rewards are
+    all equal gets exactly zero.
     """
     if group_size < 1 or rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards do not make whole groups of group_size={group_size}")

@@ -12,9 +12,10 @@ from torch import nn
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.mcore import DeepSpeedMpu
 from megavg.parallel.schedule import one_forward_one_backward
-from megavg.parallel.zero import (OptimizerConfig, ZeroConfig, deepspeed_config, forget_backward, gather_as_one, gathered,
-                                  make_optimizer, remove_world_broadcast)
+from megavg.parallel.zero import (deepspeed_config, forget_backward, gather_as_one, gathered, make_optimizer,
+                                  remove_world_broadcast)
 from megavg.protocols.batch import ModelInputs
+from megavg.protocols.options import OptimizerConfig, ZeroConfig
 
 MicroBatchLoss = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """``loss(i, logprobs [N], entropy [N])`` of micro-batch i; the sum over all micro-batches and ranks is THE loss."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,18 @@ def _device() -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     # DeepSpeed would look for accelerators of other makers and warn; there is none
     os.environ["DS_ACCELERATOR"] = "cpu"
+    _use_own_ninja()
     return torch.device("cpu")
+
+
+def _use_own_ninja() -> None:
+    """Have DeepSpeed compile its CPU extension with the ninja beside this Python, also where no one activated it.
+
+    Another ninja on PATH does not read this one's log and would compile everything again, at every change of hands.
+    """
+    folder = os.path.dirname(sys.executable)
+    if os.path.exists(os.path.join(folder, "ninja")):
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
 
 
 def start_processes(timeout_minutes: float = 30.0) -> torch.device:

@@ -25,8 +25,8 @@ def draw(logits: torch.Tensor, noise: torch.Tensor, params: SamplingParams,
         forbidden: [V] bool, tokens that are never drawn.
 
     Returns:
-        (tokens [B], log-probs [B]): the log-prob under softmax(logits / temperature) over the WHOLE vocabulary, which is
-        what the scorer computes; temperature 0 counts as 1 there.
+        (tokens [B], log-probs [B]): the log-prob under softmax(logits / temperature) over the WHOLE vocabulary, which
+        is what the scorer computes; temperature 0 counts as 1 there.
     """
     scaled = logits / params.temperature if params.temperature > 0 else logits
     allowed = scaled.masked_fill(forbidden, -torch.inf)
@@ -46,8 +46,8 @@ def _filtered(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         probs = probs / probs.sum(-1, keepdim=True)
         ordered, order = probs.sort(-1, descending=True)
         mass_before = ordered.cumsum(-1) - ordered  # the first token is always kept
-        probs = probs.masked_fill(torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, mass_before >= params.top_p),
-                                  0)
+        dropped = torch.zeros_like(probs, dtype=torch.bool).scatter(1, order, mass_before >= params.top_p)
+        probs = probs.masked_fill(dropped, 0)
     return probs
 
 

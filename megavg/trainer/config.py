@@ -242,8 +242,8 @@ def resolve(tree: dict) -> RunConfig:
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     if cls.uses_rollouts and config.rollout.group_size < 2:
-        raise ConfigError(f"rollout.group_size={config.rollout.group_size}: {algorithm['name']} compares answers to one "
-                          "prompt and needs at least 2")
+        raise ConfigError(f"rollout.group_size={config.rollout.group_size}: {algorithm['name']} compares answers to "
+                          "one prompt and needs at least 2")
     return config
 
 
@@ -257,7 +257,8 @@ def parse_command_line(argv: list[str] | None = None) -> RunConfig:
                "Sections: model, parallel, data, rollout, rewards, algorithm, optimizer, evaluation, trainer.\n"
                "Every option is documented in megavg/trainer/config.py; an unknown one is an error.")
     parser.add_argument("--config", required=True, help="YAML file with the run's options")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by the launcher
+    # what launchers pass before the user's arguments
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set after the file is read")
     arguments = parser.parse_intermixed_args(argv)
     return resolve(apply_overrides(read_yaml(arguments.config), arguments.overrides))

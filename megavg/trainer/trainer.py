@@ -61,8 +61,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, with the evaluations, checkpoints and the export that were asked for."""
         self._announce()
-        self.evaluate(self.start_step, [name for name in self._sets_due(self.start_step)
-                                        if self.start_step == 0 or not self._result_path(name, self.start_step).exists()])
+        self.evaluate(self.start_step, self._sets_missed())
         for step in range(self.start_step, self.settings.num_steps):
             self.train_step(step)
             done = step + 1
@@ -149,6 +148,11 @@ class Trainer:
         due = settings.at_start if step == 0 else at_end or (settings.every and step % settings.every == 0)
         return list(settings.sets) if due else []
 
+    def _sets_missed(self) -> list[str]:
+        """The sets due at the first step of this process that no process before it has evaluated."""
+        due = self._sets_due(self.start_step)
+        return [name for name in due if not self.start_step or not self._result_path(name, self.start_step).exists()]
+
     def _result_path(self, name: str, step: int) -> Path:
         return self.folder / "evaluation" / f"{name}-{step:06d}.json"
 
@@ -221,7 +225,7 @@ class Trainer:
     @property
     def _temperature(self) -> float:
         # greedy rollouts and written answers are scored at temperature 1
-        return self.config.rollout.temperature if self.algorithm.uses_rollouts and self.config.rollout.temperature else 1.0
+        return (self.algorithm.uses_rollouts and self.config.rollout.temperature) or 1.0
 
     def _lr(self, step: int) -> float:
         return self.config.optimizer.lr_at(step, self.settings.num_steps)

@@ -21,7 +21,8 @@ LEVELS = ("token", "sequence", "answer")
 VARIANTS = list(itertools.product(FORMS, LEVELS))
 
 
-def slow_advantages(batch: RolloutBatch, stats: TokenScores, plain: torch.Tensor, c: ECVGPO.Config) -> list[list[float]]:
+def slow_advantages(batch: RolloutBatch, stats: TokenScores, plain: torch.Tensor,
+                    c: ECVGPO.Config) -> list[list[float]]:
     """The definition read literally, in Python's double precision; ``plain`` are GRPO's advantages."""
     rows, width = batch.mask.shape
     valid = [[bool(batch.mask[b, t]) for t in range(width)] for b in range(rows)]
@@ -230,7 +231,8 @@ def toy(seed: int, num_tokens: int = 7, reach: float = math.inf) -> tuple[Rollou
     good = near[torch.randperm(len(near), generator=generator)[:3]]
     assert float((-logits[good]).max()) < reach
     rewards = torch.isin(tokens, good).double()
-    return RolloutBatch(tokens[:, None], torch.ones(len(tokens), 1, dtype=torch.bool), rewards, len(tokens)), logits, tokens
+    batch = RolloutBatch(tokens[:, None], torch.ones(len(tokens), 1, dtype=torch.bool), rewards, len(tokens))
+    return batch, logits, tokens
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -79,7 +79,8 @@ def test_clip_and_k3(beta):
 def test_where_the_clip_stops_the_gradient(advantage, new, has_gradient):
     logprobs = torch.tensor([[new]], requires_grad=True)
     old = torch.zeros(1, 1)
-    GRPO(GRPO.Config()).token_loss(TokenScores(logprobs, old), signal(torch.full((1, 1), advantage), old)).sum().backward()
+    given = signal(torch.full((1, 1), advantage), old)
+    GRPO(GRPO.Config()).token_loss(TokenScores(logprobs, old), given).sum().backward()
     assert bool(logprobs.grad != 0) is has_gradient
 
 

@@ -55,7 +55,7 @@ def test_split_along_the_second_axis():
 
 def test_wrong_size_names_the_tensor():
     entry = WeightEntry("qkv", ("q", "k"), 0, (4, 2))
-    with pytest.raises(ValueError, match="k: expected 2 along axis 0, got shape \\(3, 1\\); config.json and the weights"):
+    with pytest.raises(ValueError, match="k: expected 2 along axis 0, got shape \\(3, 1\\); config.json and"):
         entry.to_megavg([torch.zeros(4, 1), torch.zeros(3, 1)], 2, 0)
 
 

@@ -15,8 +15,8 @@ from tests.tiny_models import (builder_of, encode_pictures, hf_model, hf_scores,
 PROMPT_OF_ROW, LENGTHS = [0, 0, 2, 1, 3, 1, 1, 0], [5, 1, 9, 4, 12, 3, 2, 7]
 TEMPERATURE, ENTROPY_COEFFICIENT, CLIP = 0.7, 0.3, 0.5
 LEARNING_RATES = (1e-2, 4e-3)
-# With AdamW's usual eps the first step is the sign of the gradient: a factor on it would not be seen, while the noise of
-# vanishing entries would. This eps is as large as the gradients, so a step answers to their size.
+# With AdamW's usual eps the first step is the sign of the gradient: a factor on it would not be seen, while the noise
+# of vanishing entries would. This eps is as large as the gradients, so a step answers to their size.
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 MODES = [(1, 0), (3, 100_000)]  # rows of a micro-batch, param_persistence_threshold: partition all, keep all whole
 

@@ -1,4 +1,4 @@
-"""The native generator: tokens of transformers' generate, log-probs of the scorer, whatever the passes and the layout."""
+"""The native generator: tokens of transformers' generate, log-probs of the scorer, in every pass size and layout."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def broken_shards(few_scenes, tmp_path_factory):
 
 def damaged_checkpoints(good: Path, folder: Path) -> None:
     """Copies of a checkpoint, each with something missing or broken."""
-    for name in ("no_config", "no_weights", "short_weights", "missing_shard", "bad_config", "other_model", "no_tokenizer",
-                 "other_size"):
+    for name in ("no_config", "no_weights", "short_weights", "missing_shard", "bad_config", "other_model",
+                 "no_tokenizer", "other_size"):
         shutil.copytree(good, folder / name)
     (folder / "no_config" / "config.json").unlink()
     (folder / "no_weights" / "model.safetensors").unlink()
@@ -80,7 +80,8 @@ def start_up_mistakes(folder: Path) -> dict[str, tuple[str, str]]:
     return {
         "no checkpoint": (f"model.path={folder}/nowhere", f"checkpoint directory {folder}/nowhere does not exist"),
         "no config": (f"model.path={folder}/no_config", f"{folder}/no_config/config.json is missing"),
-        "no weights": (f"model.path={folder}/no_weights", "holds neither model.safetensors nor model.safetensors.index.json"),
+        "no weights": (f"model.path={folder}/no_weights",
+                       "holds neither model.safetensors nor model.safetensors.index.json"),
         "missing shard": (f"model.path={folder}/missing_shard", "model-00001-of-00002.safetensors is missing, but"),
         "short weights": (f"model.path={folder}/short_weights", "short_weights/model.safetensors cannot be read"),
         "bad config": (f"model.path={folder}/bad_config", "bad_config/config.json"),

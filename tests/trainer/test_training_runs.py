@@ -27,7 +27,8 @@ def weights(folder):
 def load_in_transformers(folder):
     from transformers import AutoModelForImageTextToText
 
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True)
     return model, {key: value for key, value in loading.items() if value}
 
 

@@ -89,7 +89,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def zeros_(weight: torch.Tensor) -> torch.Tensor:
-    # weights always come from a checkpoint; megatron-core needs some initialisation to set its marks
+    """Fill a weight with zeros: weights come from a checkpoint, but megatron-core sets its marks as it initialises."""
     return nn.init.zeros_(weight)
 
 
