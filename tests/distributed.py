@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import traceback
 from typing import Any, Callable
@@ -48,9 +49,11 @@ def _rank_main(rank: int, world_size: int, port: int, results, function: Callabl
         from megavg.parallel.mcore import start_processes
 
         start_processes(timeout_minutes=3)
-        results.put((rank, function(*args), None))
+        answer = (rank, function(*args), None)
     except BaseException:  # the parent shows it
-        results.put((rank, None, traceback.format_exc()))
+        answer = (rank, None, traceback.format_exc())
+    # as bytes: a tensor in shared memory would be gone with this process
+    results.put(pickle.dumps(answer))
 
 
 def _collect(ranks, results, timeout: float) -> list[Any]:
@@ -60,7 +63,7 @@ def _collect(ranks, results, timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     while len(found) < len(ranks):
         if not results.empty():
-            rank, value, error = results.get()
+            rank, value, error = pickle.loads(results.get())
             if error:
                 raise AssertionError(f"rank {rank} of {len(ranks)}:\n{error}")
             found[rank] = value

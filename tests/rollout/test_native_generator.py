@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,7 @@ def folders(checkpoints):
 @pytest.fixture(scope="module")
 def measured(folders):
     """What both of two ranks generated, by (family, tensor-parallel size)."""
-    pickled = run_ranks(2, _measure_all, {family: str(folder) for family, folder in folders.items()})
-    return [pickle.loads(found) for found in pickled]
+    return run_ranks(2, _measure_all, {family: str(folder) for family, folder in folders.items()})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,7 +148,7 @@ def _measure_all(folders: dict[str, str]) -> bytes:
         context = make_context(tp_size, 1, torch.device("cpu"))
         for family, folder in folders.items():
             found[family, tp_size] = _measure(Path(folder), context)
-    return pickle.dumps(found)
+    return found
 
 
 def _measure(folder: Path, context) -> dict:

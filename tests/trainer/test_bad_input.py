@@ -200,19 +200,3 @@ def test_a_picture_that_only_one_rank_decodes_ends_both(checkpoints, broken_shar
     told = [line for _, errors in results for line in errors.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and "scenes-000000.tar: sample 'scene-0-" in told[0] and "broken image" in told[0]
     assert not any("Traceback" in errors for _, errors in results)
-
-
-def two_rank_mistakes(tree: dict) -> str:
-    from megavg.trainer.config import resolve
-    from megavg.trainer.trainer import Trainer
-
-    with pytest.raises(ValueError) as caught:
-        Trainer(resolve(tree))
-    return str(caught.value)
-
-
-def test_prompts_that_the_ranks_do_not_divide(checkpoints, few_scenes, tmp_path):
-    tree = run_tree(checkpoints("qwen3_vl"), few_scenes, tmp_path / "out", "data.prompts_per_step=5")
-    messages = run_ranks(2, two_rank_mistakes, tree)
-    assert messages == 2 * ["data.prompts_per_step=5 is not divisible by the data-parallel size 2 of TP1 x PP1 x DP2; "
-                            "change data.prompts_per_step or the number of processes"]

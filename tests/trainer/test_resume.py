@@ -45,9 +45,16 @@ def resumed(data_parallel, grpo_tree, warm_up, tmp_path_factory):
                                        "trainer.overwrite=true to replace it, or choose another trainer.output_dir"),
         (again("killed", "algorithm={name: grpo}"), "was written by algorithm ecvgpo, this run is grpo; choose"),
         (again("killed", "trainer.seed=7"), "belongs to another order of samples .*seed: saved 0, now 7"),
+        (grpo_tree(folder / "new", "data.prompts_per_step=5"),
+         "data.prompts_per_step=5 is not divisible by the data-parallel size 2 of TP1 x PP1 x DP2; change "
+         "data.prompts_per_step or the number of processes"),
         (grpo_tree(warm_up, "trainer.overwrite=true"), "trainer.overwrite=true would remove .*hf, which this run"),
     ])
     return folder, before
+
+
+def test_what_is_refused_leaves_no_trace(resumed, warm_up):
+    assert not (resumed[0] / "new").exists() and (warm_up / "hf" / "model.safetensors").exists()
 
 
 def test_the_killed_run_stopped_in_the_middle(data_parallel, resumed):

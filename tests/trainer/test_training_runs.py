@@ -110,11 +110,16 @@ def one_process_runs(trees: dict[str, dict]) -> None:
 def one_process(grpo_tree, checkpoints, few_scenes, tmp_path_factory):
     """Folder of several runs on one process."""
     folder = tmp_path_factory.mktemp("one_process")
+    older = folder / "replaced" / "checkpoints" / "step-000009"
+    older.mkdir(parents=True)
+    (older / "trainer_state.json").write_text("{}")
+    (folder / "replaced" / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
     run_ranks(1, one_process_runs, {
         "plain": grpo_tree(folder / "plain", "evaluation.at_end=true"),
         "twice": grpo_tree(folder / "twice", "trainer.updates_per_batch=2", "trainer.num_steps=1"),
         "kl": grpo_tree(folder / "kl", "algorithm.kl_coefficient=0.04", "optimizer.lr=1e-3"),
         "greedy": grpo_tree(folder / "greedy", "rollout.temperature=0", "trainer.num_steps=1"),
+        "replaced": grpo_tree(folder / "replaced", "trainer.overwrite=true", "trainer.num_steps=1"),
         "bf16": grpo_tree(folder / "bf16", "model.dtype=bfloat16", "trainer.num_steps=2", "trainer.export_hf=true"),
         "untrained": run_tree(checkpoints("qwen3_vl"), few_scenes, folder / "untrained", "trainer.num_steps=2",
                               "trainer.export_hf=true"),
@@ -145,6 +150,11 @@ def test_kl_to_the_reference_starts_at_zero(one_process):
 def test_a_second_update_on_the_same_answers_goes_on_downhill(one_process):
     once, twice = (training_lines(one_process / name)[0] for name in ("plain", "twice"))
     assert twice["reasons"] == once["reasons"] and twice["loss"] < once["loss"] - 1e-4
+
+
+def test_overwrite_starts_anew(one_process):
+    assert [line["step"] for line in read_metrics(one_process / "replaced")] == [1]
+    assert not (one_process / "replaced" / "checkpoints").exists()
 
 
 def test_bfloat16(one_process):
