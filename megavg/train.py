@@ -31,9 +31,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tell(error: Exception) -> int:
-    """What a user can mend gets one message per machine and no traceback."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"error: {error}", file=sys.stderr)
+    """What a user can mend gets one message and no traceback, unless MEGAVG_TRACEBACK=1 asks for it.
+
+    A wrong option is seen by every rank alike and told by the first; a file may be missing on one machine alone.
+    """
+    if os.environ.get("MEGAVG_TRACEBACK") == "1":
+        raise error
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or isinstance(error, OSError):
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
     return 2
 
 

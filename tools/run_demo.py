@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUT = "runs/demo"
 SETS = ("held_out_scenes", "real_crops", "real_screens")
 FIGURES = ("acc_at_50", "mean_iou", "parse_rate")
+WRITTEN = ("checkpoint", "data", "warmup", "rl", "boxes.png", "summary.json")
 IMAGE_SIDE = 96  # pixels; the side of a scene and of a crop after its resize
 PICTURES_PER_SET = {"held_out_scenes": 8, "real_crops": 4}
 
@@ -41,12 +42,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(*command: str) -> None:
     """Run a command from the repository root with its output shown; end the demo when it fails."""
     print(f"$ {' '.join(command)}", flush=True)
-    environment = dict(os.environ)
-    if shutil.which("nvidia-smi") is None:
-        environment["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed warns that it found no accelerator
-    finished = subprocess.run(command, cwd=ROOT, env=environment)
+    finished = subprocess.run(command, cwd=ROOT)
     if finished.returncode:
         sys.exit(f"run_demo: the command above failed with exit code {finished.returncode}")
+
+
+def choose_ranks(wanted: int) -> int:
+    """As many ranks as wanted on the CPU; at most one per GPU where there are GPUs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed warns that it found no accelerator
+        return wanted
+    if torch.cuda.device_count() < wanted:
+        print(f"{torch.cuda.device_count()} GPU(s): training on as many ranks instead of {wanted}", flush=True)
+    return min(wanted, torch.cuda.device_count())
 
 
 def tool(name: str, *arguments: str) -> None:
@@ -147,14 +157,17 @@ def main(argv: list[str] | None = None) -> int:
         seconds[phase], started = time.monotonic() - started, time.monotonic()
 
     out = Path(arguments.out)
-    shutil.rmtree(ROOT / out, ignore_errors=True)
+    num_ranks = choose_ranks(arguments.num_ranks)
+    for name in WRITTEN:
+        path = ROOT / out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     make_checkpoint(out, arguments.family)
     make_data(out / "data", arguments.num_scenes)
     lap("data")
     warmup = [f"trainer.num_steps={arguments.warmup_steps}"] if arguments.warmup_steps else []
-    train("examples/demo_warmup.yaml", out, arguments.num_ranks, *warmup)
+    train("examples/demo_warmup.yaml", out, num_ranks, *warmup)
     lap("warmup")
-    train("examples/demo.yaml", out, arguments.num_ranks, *arguments.overrides)
+    train("examples/demo.yaml", out, num_ranks, *arguments.overrides)
     lap("rl")
     draw(out)
     summary = summarise(out, seconds)

@@ -54,7 +54,8 @@ class HFCheckpoint:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise FileNotFoundError(f"checkpoint directory {self.directory} does not exist")
+            raise FileNotFoundError(f"checkpoint directory {self.directory} does not exist; expected a local folder in "
+                                    "Hugging Face format (a hub name is not downloaded: fetch it first)")
         if not (self.directory / "config.json").is_file():
             raise FileNotFoundError(f"{self.directory / 'config.json'} is missing; expected a Hugging Face checkpoint "
                                     "directory (tools/make_tiny_checkpoint.py makes a small one)")

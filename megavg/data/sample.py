@@ -27,10 +27,12 @@ from megavg.protocols.sample import Box, Sample
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 RECORD_FIELDS = ("id", "width", "height", "expression", "boxes_xyxy_px")
 REASONS = ("bad json", "missing field", "missing image", "empty box", "box outside image", "broken image",
-           "size mismatch", "bad key", "torn shard")
+           "size mismatch", "bad key", "torn shard", "control token", "extreme aspect")
 
 # webdataset cuts a member's name at its first dot, and a plain tar header holds 100 characters.
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_\-/]{1,92}")
+_CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
+_MAX_ASPECT_RATIO = 200
 
 
 class SampleError(ValueError):
@@ -95,6 +97,12 @@ def sample_from_fields(fields: dict[str, Any], shard: str, key: str, image: Imag
     expression = fields["expression"]
     if not isinstance(expression, str) or not expression.strip():
         raise SampleError(shard, key, "missing field", f"expression must be a text, got {expression!r}")
+    if _CONTROL_TOKEN.search(expression):
+        raise SampleError(shard, key, "control token", f"{expression!r} holds a token that would break the prompt")
+    longer, shorter = max(fields["width"], fields["height"]), min(fields["width"], fields["height"])
+    if longer > _MAX_ASPECT_RATIO * shorter:
+        raise SampleError(shard, key, "extreme aspect", f"{fields['width']} x {fields['height']} is more than "
+                          f"{_MAX_ASPECT_RATIO} to 1, which no Qwen-VL processor takes")
     boxes = check_boxes(fields["boxes_xyxy_px"], fields["width"], fields["height"], shard, key)
     meta = {name: value for name, value in fields.items() if name not in RECORD_FIELDS}
     return Sample(str(fields.get("id", key)), shard, image, fields["width"], fields["height"], expression, boxes, meta)

@@ -73,17 +73,29 @@ def shuffled(records: Iterable[RawRecord], buffer_size: int, rng: random.Random)
 
 
 def iterate_all(shards: str | list[str], on_error: str = "raise", max_skipped: int = 100,
-                skipped: Counter | None = None) -> Iterator[Sample]:
+                skipped: Counter | None = None, rank: int = 0, num_ranks: int = 1) -> Iterator[Sample]:
     """Yield every sample of ``shards`` once, decoded and in stored order, as evaluation needs it.
 
     Args:
         shards: paths or patterns, see ``expand_shards``.
         on_error, max_skipped: as in ``PromptSource``.
-        skipped: a ``Counter`` that receives the number of skipped records by reason.
+        skipped: a ``Counter`` that receives the number of skipped records by reason, those of all ranks.
+        rank, num_ranks: yield samples rank, rank + num_ranks, ... only; the others' images are decoded in skip mode
+            alone, as ``PromptSource`` does and for its reason.
     """
-    skips = SkipLog(on_error, max_skipped, skipped)
-    records = chain_shards(expand_shards(shards), skips.handle)
-    return (sample for sample in (_read(record, skips, decode=True) for record in records) if sample is not None)
+    skips = SkipLog(on_error, max_skipped, skipped, level=logging.WARNING if rank == 0 else logging.DEBUG)
+    return _owned(chain_shards(expand_shards(shards), skips.handle), skips, rank, num_ranks)
+
+
+def _owned(records: Iterable[RawRecord], skips: SkipLog, rank: int, num_ranks: int) -> Iterator[Sample]:
+    place = 0
+    for record in records:
+        mine = place % num_ranks == rank
+        sample = _read(record, skips, decode=mine or skips.skipping)
+        if sample is not None:
+            place += 1
+            if mine:
+                yield sample
 
 
 def _read(record: RawRecord, skips: SkipLog, decode: bool) -> Sample | None:

@@ -33,7 +33,7 @@ class GroundingScores:
     """
 
     def __init__(self, rows: Iterable[dict] = ()):
-        self._rows: dict[str, dict] = {}
+        self._rows: dict[tuple[str, str], dict] = {}
         self.extend(rows)
 
     @property
@@ -61,6 +61,7 @@ class GroundingScores:
             reason = "ok" if overlap > 0.5 else "low overlap" if overlap > 0 else "no overlap"
         row = {
             "key": sample.key,
+            "shard": sample.shard,
             "expression": sample.expression,
             "text": completion.text,
             "predicted_boxes_px": [list(box) for box in predicted],
@@ -74,9 +75,9 @@ class GroundingScores:
         return row
 
     def extend(self, rows: Iterable[dict]) -> None:
-        """Take over rows of another collector or rank; of rows with the same key the first stays."""
+        """Take over rows of another collector or rank; of rows with the same shard and key the first stays."""
         for row in rows:
-            self._rows.setdefault(row["key"], row)
+            self._rows.setdefault((row["shard"], row["key"]), row)
 
     def result(self) -> dict:
         """Sum up all rows; fractions are 0..1 of all samples, an answer that does not parse being wrong everywhere.

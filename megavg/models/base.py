@@ -17,7 +17,7 @@ from megavg.checkpoint.weight_map import WeightEntry, WeightMap
 from megavg.models.layers.language_model import DecoderDims
 from megavg.models.layers.stage import QwenVLStage, layer_range
 from megavg.parallel.context import ParallelContext
-from megavg.protocols.plugin import load_module
+from megavg.protocols.plugin import load_module, names_in, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -112,13 +112,21 @@ class Model:
             yield name, entry.to_megavg(tensors, context.tp_size, context.tp_rank)
 
 
+def _family(model_type: str, directory: Path) -> ModelSpec:
+    known = [name for name in names_in("megavg.models") if name.startswith("qwen")]
+    if model_type not in known:
+        raise ValueError(f"model_type={model_type!r} in {directory}/config.json is no family of megavg"
+                         f"{nearest(model_type, known)}")
+    return load_module("megavg.models", model_type, "model_type").SPEC
+
+
 def load_model(directory: str | Path) -> Model:
     """Open a checkpoint directory and pick its family by ``model_type``."""
     from transformers import AutoConfig
 
     checkpoint = HFCheckpoint(directory)
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-    spec = load_module("megavg.models", config.model_type, f"model_type in {checkpoint.directory}/config.json").SPEC
+    spec = _family(config.model_type, checkpoint.directory)
     text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dims = DecoderDims(

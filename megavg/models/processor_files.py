@@ -75,10 +75,11 @@ def _check_files(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"checkpoint folder {folder} does not exist; make one with tools/make_tiny_checkpoint.py or "
                          "give the path of a downloaded one")
-    for name in ("config.json", "tokenizer_config.json", PREPROCESSOR_CONFIG):
+    for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing; {_REMEDY}")
         _read_json(folder / name)
+    _image_settings(folder)
     complete = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if not complete and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ValueError(f"{folder / 'tokenizer.json'} is missing, and neither tokenizer.model nor vocab.json with "
@@ -108,10 +109,21 @@ def _check_tokenizer(folder: Path, tokenizer: Any, vocab_size: int, image_token_
                          "tokenizer, expected '<|image_pad|>'; the two files belong to different checkpoints")
 
 
+def _image_settings(folder: Path) -> dict:
+    """What preprocessor_config.json says, or the part of processor_config.json that newer transformers write."""
+    if (folder / PREPROCESSOR_CONFIG).is_file():
+        return _read_json(folder / PREPROCESSOR_CONFIG)
+    composite = folder / "processor_config.json"
+    settings = _read_json(composite).get("image_processor") if composite.is_file() else None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / PREPROCESSOR_CONFIG} is missing; {_REMEDY}")
+    return settings
+
+
 def _image_processor(folder: Path, vision_config: Any, min_pixels: int | None, max_pixels: int | None) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    settings = _read_json(folder / PREPROCESSOR_CONFIG)
+    settings = _image_settings(folder)
     for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if value is not None:
             settings[key] = value

@@ -96,8 +96,17 @@ def _chunks(num_rows: int, num_columns: int):
     return [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]
 
 
+def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """hidden [N, D] times weight^T [D, Vs] in ``dtype``; logits of bf16 operands are never rounded to bf16."""
+    if hidden.dtype == dtype:
+        return torch.mm(hidden, weight.t())
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=dtype)
+    return torch.mm(hidden.to(dtype), weight.t().to(dtype))
+
+
 def _logits(hidden, weight, inverse_temperature: float, dtype) -> torch.Tensor:
-    return torch.mm(hidden, weight.t()).to(dtype).mul_(inverse_temperature)
+    return project(hidden, weight, dtype).mul_(inverse_temperature)
 
 
 def _shard_statistics(hidden, weight, local_targets, inverse_temperature, dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -43,17 +43,19 @@ class ZeroEngine:
             remove_world_broadcast(self._engine)
         self._sends: list[tuple] = []
 
-    def forward_backward(self, micro_batches: Sequence[ModelInputs], loss: MicroBatchLoss,
-                         temperature: float = 1.0) -> float:
+    def forward_backward(self, num_micro_batches: int, micro_batch: Callable[[int], ModelInputs],
+                         loss: MicroBatchLoss, temperature: float = 1.0) -> float:
         """Accumulate the gradient of the summed loss; returns the loss over all ranks and micro-batches.
 
+        ``micro_batch(i)`` is asked for when its turn comes, so that only those in flight are on the device.
         Every data-parallel rank must bring equally many micro-batches: ZeRO-3 gathers parameters together.
         """
         total = torch.zeros((), device=self.context.device)
 
         def forward(i: int):
-            received = None if self.context.is_first_stage else self._receive(micro_batches[i])
-            output = self._run(micro_batches[i], received, temperature)
+            inputs = micro_batch(i)
+            received = None if self.context.is_first_stage else self._receive(inputs)
+            output = self._run(inputs, received, temperature)
             if not self.context.is_last_stage:
                 self._send(output.detach(), self.context.pp_rank + 1)
                 return received, output
@@ -73,7 +75,7 @@ class ZeroEngine:
             if received is not None:
                 self._send(received.grad, self.context.pp_rank - 1)
 
-        one_forward_one_backward(len(micro_batches), self.context.pp_rank, self.context.pp_size, forward, backward)
+        one_forward_one_backward(num_micro_batches, self.context.pp_rank, self.context.pp_size, forward, backward)
         for work, _ in self._sends:
             work.wait()
         self._sends.clear()

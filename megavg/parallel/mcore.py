@@ -22,10 +22,42 @@ def check_world_size(world_size: int, tensor: int, pipeline: int) -> None:
             "parallel.pipeline_model_parallel_size, or start another number of processes")
 
 
+# what mpirun (Open MPI), mpirun and srun (PMI) and srun say of a process: rank, world size, rank on its machine
+_LAUNCHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+              ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+def _read_launcher(environment: dict[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torch.distributed reads them, from any launcher.
+
+    A process that no launcher started is alone. Several processes need an address to meet at.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = {name: environment[name] for name in names if name in environment}
+    for launcher in _LAUNCHERS:
+        if "RANK" not in found and all(name in environment for name in launcher):
+            found = dict(zip(names, (environment[name] for name in launcher)))
+    if "RANK" in found and "WORLD_SIZE" not in found or "WORLD_SIZE" in found and "RANK" not in found:
+        raise ValueError(f"the environment sets only {', '.join(found)}; set both RANK and WORLD_SIZE, or neither")
+    alone = int(found.setdefault("WORLD_SIZE", "1")) == 1
+    found.setdefault("RANK", "0")
+    found.setdefault("LOCAL_RANK", found["RANK"] if alone else "0")
+    found["MASTER_ADDR"] = environment.get("MASTER_ADDR", "127.0.0.1" if alone else "")
+    found["MASTER_PORT"] = environment.get("MASTER_PORT", "0" if alone else "29500")
+    if not found["MASTER_ADDR"]:
+        raise ValueError(f"{found['WORLD_SIZE']} processes were started without an address to meet at; set MASTER_ADDR "
+                         "to the host of rank 0, or start them with the deepspeed launcher")
+    return found
+
+
 def _device() -> torch.device:
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("cuda", torch.cuda.current_device())
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"LOCAL_RANK={local_rank}, but this machine has {torch.cuda.device_count()} GPUs; start "
+                             "at most one process per GPU (deepspeed --num_gpus), or set DS_ACCELERATOR=cpu")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
     # DeepSpeed would look for accelerators of other makers and warn; there is none
     os.environ["DS_ACCELERATOR"] = "cpu"
     _use_own_ninja()
@@ -47,11 +79,9 @@ def start_processes(timeout_minutes: float = 30.0) -> torch.device:
 
     NCCL for CUDA, gloo for CPU. On CPU each process takes its share of the machine's cores.
     """
+    os.environ.update(_read_launcher(dict(os.environ)))
     device = _device()
     quieten()
-    for key, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": "29500"}.items():
-        os.environ.setdefault(key, alone)
     if not dist.is_initialized():
         import deepspeed
 
@@ -72,6 +102,11 @@ def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelCo
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False)
+    if device.type == "cuda":
+        # megatron-core initialises layers on the GPU from its own random state, and refuses where there is none
+        from megatron.core import tensor_parallel
+
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
     return ParallelContext(
         world_size=dist.get_world_size(), rank=dist.get_rank(),
         tp_size=tensor, tp_rank=parallel_state.get_tensor_model_parallel_rank(),

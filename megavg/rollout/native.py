@@ -80,6 +80,7 @@ class NativeGenerator:
         running = torch.ones(rows, dtype=torch.bool, device=self.context.device)
         for t in range(params.max_new_tokens):
             token, logprob = draw(self._logits(hidden), noise[:, t], params, self.forbidden)
+            self._agree(token)
             tokens[:, t] = torch.where(running, token, tokens[:, t])
             logprobs[:, t] = torch.where(running, logprob, 0.0)
             lengths += running
@@ -104,6 +105,11 @@ class NativeGenerator:
         following = torch.tensor([[next_position(self.builder.positions(prompt))] for prompt in prompts],
                                  device=self.context.device)
         return last.repeat_interleave(num_answers, 0), cache, following.repeat_interleave(num_answers, 0)
+
+    def _agree(self, token: torch.Tensor) -> None:
+        """Take the first tensor-parallel rank's tokens: sums on a GPU may round differently from rank to rank."""
+        if self.context.tp_size > 1 and token.is_cuda:
+            dist.broadcast(token, dist.get_global_rank(self.context.tp_group, 0), group=self.context.tp_group)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] of one position, gathered from the tensor-parallel ranks."""

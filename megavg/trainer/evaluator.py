@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from typing import Callable, Sequence
 
@@ -12,7 +13,7 @@ from megavg.parallel.context import ParallelContext
 from megavg.protocols.options import SamplingParams
 from megavg.protocols.sample import Completion, Sample
 from megavg.rollout.base import Generator
-from megavg.trainer.bad_data import told_to_all
+from megavg.trainer.bad_data import BadData, told_to_all
 from megavg.trainer.policy import Policy
 from megavg.trainer.rollouts import Rollouts, completions, encode
 
@@ -37,10 +38,11 @@ class Evaluator:
     def run(self, name: str, shards: Sequence[str]):
         """Evaluate one set; all ranks call it. Returns (result, rows, picture), the picture on data rank 0 only."""
         generator = self.policy.sync()
-        samples = iterate_all(list(shards), on_error=self.on_error, max_skipped=self.max_skipped)
+        skipped: Counter = Counter()
+        rank, num_ranks = self.context.dp_rank, self.context.dp_size
+        samples = iterate_all(list(shards), self.on_error, self.max_skipped, skipped, rank, num_ranks)
         if self.limit:
-            samples = islice(samples, self.limit)
-        samples = islice(samples, self.context.dp_rank, None, self.context.dp_size)
+            samples = islice(samples, len(range(rank, self.limit, num_ranks)))
         rows, tiles = [], []
         with told_to_all(self.context):
             while batch := list(islice(samples, self.batch_size)):
@@ -49,7 +51,9 @@ class Evaluator:
                     if len(tiles) < self.num_pictures and self.context.dp_rank == 0:
                         tiles.append(answer_tile(sample, rows[-1]))
         scores = GroundingScores(self.context.gather_rows(rows))
-        result = scores.result()
+        if not scores.rows:
+            raise BadData(f"evaluation set {name}: {list(shards)} hold no usable sample; skipped: {dict(skipped)}")
+        result = scores.result() | {"skipped": sum(skipped.values())}
         picture = panel(tiles, 4, f"{name}: Acc@0.5 {result['acc_at_50']:.1%}, mean IoU {result['mean_iou']:.3f}") \
             if tiles else None
         return result, scores.rows, picture

@@ -14,7 +14,7 @@ from megavg.models.inputs import InputBuilder, scatter_rows
 from megavg.models.processor import Processor
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.engine import MicroBatchLoss, ZeroEngine
-from megavg.protocols.batch import EncodedPrompt, TokenScores
+from megavg.protocols.batch import EncodedPrompt, ModelInputs, TokenScores
 from megavg.protocols.options import OptimizerConfig, ZeroConfig
 from megavg.rollout.native import NativeGenerator
 from megavg.trainer.config import ModelConfig
@@ -74,8 +74,10 @@ class Policy:
     def update(self, prompts, prompt_of_row, responses, rows: Sequence[range], loss: MicroBatchLoss,
                temperature: float, lr: float) -> tuple[float, float]:
         """One optimiser step on all micro-batches ``rows``; returns (loss, gradient norm before clipping)."""
-        inputs = [self.builder.build(*_select(prompts, prompt_of_row, responses, r)) for r in rows]
-        value = self.engine.forward_backward(inputs, loss, temperature)
+        def build(i: int) -> ModelInputs:
+            return self.builder.build(*_select(prompts, prompt_of_row, responses, rows[i]))
+
+        value = self.engine.forward_backward(len(rows), build, loss, temperature)
         norm = self.engine.step(lr)
         self._copy_is_current = False
         return value, norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,18 @@ from typing import Any
 
 _SHOWN = ("loss", "reward/mean", "iou/mean", "entropy/mean", "eval/acc", "tokens_per_second")
 _SHORT = {"reward/mean": "reward", "iou/mean": "IoU", "entropy/mean": "entropy", "tokens_per_second": "tok/s"}
+
+
+# everything a run puts into its folder; replacing a run removes these and nothing else
+WRITTEN = ("config.yaml", "deepspeed_config.json", "run.json", "metrics.jsonl", "tensorboard", "pictures", "evaluation",
+           "checkpoints", "hf")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run wrote into ``folder``, and leave what else lies there."""
+    for name in WRITTEN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class RunLog:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
+import os
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from megavg.trainer.evaluator import Evaluator, answer_tile
 from megavg.trainer.metrics import PhaseClock, batch_metrics, judgement_metrics, rollout_metrics
 from megavg.trainer.policy import Policy
 from megavg.trainer.rollouts import Judgement, Rollouts, encode, judge, to_batch, written_answers
-from megavg.trainer.run_log import RunLog, write_json
+from megavg.trainer.run_log import WRITTEN, RunLog, remove_run, write_json
 from megavg.trainer.step import make_signal, micro_batch_loss, micro_batches
 
 
@@ -62,7 +63,8 @@ class Trainer:
         """Train to the last step, with the evaluations, checkpoints and the export that were asked for."""
         self._announce()
         self.evaluate(self.start_step, self._sets_missed())
-        for step in range(self.start_step, self.settings.num_steps):
+        reached = self._goal_reached(self._stored_accuracy(self.start_step))
+        for step in range(self.start_step, self.start_step if reached else self.settings.num_steps):
             self.train_step(step)
             done = step + 1
             if self.settings.save_every and done % self.settings.save_every == 0:
@@ -107,7 +109,8 @@ class Trainer:
     def roll_out(self, samples, prompts, step: int) -> Rollouts:
         """Sample G answers per prompt; the randomness of an answer depends on (seed, step, sample, answer) alone."""
         size = self.config.rollout.group_size
-        streams = [f"{self.settings.seed}/{step}/{sample.key}" for sample in samples]
+        # keys are unique inside a set of shards; the shard's name tells sets apart wherever they lie
+        streams = [f"{self.settings.seed}/{step}/{os.path.basename(sample.shard)}/{sample.key}" for sample in samples]
         generation = self.policy.sync().generate(prompts, size, self.config.rollout, streams)
         return Rollouts(samples, prompts, generation.responses, generation.truncated, size, generation.logprobs)
 
@@ -152,6 +155,12 @@ class Trainer:
         """The sets due at the first step of this process that no process before it has evaluated."""
         due = self._sets_due(self.start_step)
         return [name for name in due if not self.start_step or not self._result_path(name, self.start_step).exists()]
+
+    def _stored_accuracy(self, step: int) -> dict[str, float]:
+        """Acc@0.5 of the sets that were evaluated at ``step``, by this process or the one before it."""
+        dist.barrier()  # the writer has written
+        paths = {name: self._result_path(name, step) for name in self.config.evaluation.sets}
+        return {name: json.loads(path.read_text())["acc_at_50"] for name, path in paths.items() if path.exists()}
 
     def _result_path(self, name: str, step: int) -> Path:
         return self.folder / "evaluation" / f"{name}-{step:06d}.json"
@@ -204,7 +213,8 @@ class Trainer:
                              "trainer.overwrite=true to replace it, or choose another trainer.output_dir")
         shards = [self.config.data.shards, *self.config.evaluation.sets.values()]
         for path in (self.config.model.path, *(path for paths in shards for path in expand_shards(paths))):
-            if self.settings.overwrite and self.folder.resolve() in Path(path).resolve().parents:
+            written = {self.folder.resolve() / name for name in WRITTEN}
+            if self.settings.overwrite and written & {Path(path).resolve(), *Path(path).resolve().parents}:
                 raise ValueError(f"trainer.overwrite=true would remove {path}, which this run reads; choose another "
                                  "trainer.output_dir")
 
@@ -217,7 +227,7 @@ class Trainer:
         dist.barrier()  # all have looked into the folder before one of them writes
         if self.context.rank == 0:
             if self._folder_is_used and self.settings.overwrite:
-                shutil.rmtree(self.folder)
+                remove_run(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             save_resolved(self.config, self.folder / "config.yaml")
         dist.barrier()

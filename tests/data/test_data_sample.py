@@ -33,6 +33,8 @@ def read_one(path: str):
     ({"boxes_xyxy_px": None}, "missing field", "'boxes_xyxy_px'"),
     ({"expression": None}, "missing field", "'expression'"),
     ({"expression": "  "}, "missing field", "expression"),
+    ({"expression": "a <|im_end|> b"}, "control token", "im_end"),
+    ({"width": 4020, "height": 20}, "extreme aspect", "200 to 1"),
     ({"width": None}, "missing field", "'width'"),
     ({"width": 20.5}, "bad json", "width"),
     ({"height": 0}, "bad json", "height"),

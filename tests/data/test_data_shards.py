@@ -232,3 +232,17 @@ def test_memory_follows_the_buffer_not_the_shard(raw_tar, record):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * len(payload)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_ranks_share_an_evaluation_set_without_a_gap(tmp_path, on_error):
+    """Every sample once over the ranks, in the stored order."""
+    from megavg.data.scenes import scenes
+    from megavg.data.writer import write_shards
+
+    write_shards(scenes(11, 5), str(tmp_path / "s"), "s", 4)
+    whole = [sample.key for sample in iterate_all(str(tmp_path / "s"))]
+    parts = [[sample.key for sample in iterate_all(str(tmp_path / "s"), on_error, rank=rank, num_ranks=3)]
+             for rank in range(3)]
+    assert len(whole) == 11 and sorted(sum(parts, [])) == sorted(whole)
+    assert parts[1] == whole[1::3]

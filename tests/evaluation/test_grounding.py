@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -55,7 +56,8 @@ def test_figures_equal_a_count_by_hand():
 def test_a_row_says_what_was_asked_answered_and_found():
     row = GroundingScores().add(make_sample("above"), answer(ANSWERS["above"]))
     assert row == {
-        "key": "above", "expression": "thing above", "text": "[0, 0, 100, 75]", "predicted_boxes_px": [[0, 0, 100, 75]],
+        "key": "above", "shard": "", "expression": "thing above", "text": "[0, 0, 100, 75]",
+        "predicted_boxes_px": [[0, 0, 100, 75]],
         "true_boxes_px": [[0, 0, 100, 100]], "iou": pytest.approx(0.75), "parsed": True, "center_in_box": True,
         "reason": "ok",
     }
@@ -69,6 +71,16 @@ def test_rows_of_several_ranks_add_up_with_duplicates_counted_once():
     merged = GroundingScores(row for rows in gathered for row in rows)
     assert merged.result() == filled().result()
     assert GroundingScores(reversed(merged.rows)).result()["mean_iou"] == merged.result()["mean_iou"]
+
+
+def test_one_key_in_two_shards_is_two_samples():
+    """Keys are unique inside a set of shards only; dropping one of these would be a wrong denominator."""
+    right, wrong = make_sample("above"), dataclasses.replace(make_sample("above"), shard="other.tar")
+    scores = GroundingScores()
+    scores.add(right, answer(ANSWERS["above"]))
+    scores.add(wrong, answer("no idea"))
+    assert scores.result()["num_samples"] == 2
+    assert scores.result()["acc_at_50"] == 0.5
 
 
 def test_several_true_boxes_are_measured_as_the_reward_does():

@@ -177,7 +177,8 @@ def _differences(directory: str, expected_file: str, context, size: int, thresho
     losses, norms = [], []
     for lr in LEARNING_RATES:
         losses.append(engine.forward_backward(
-            inputs, lambda i, logprobs, entropy: _loss(logprobs, entropy, weights[i]), TEMPERATURE))
+            len(inputs), inputs.__getitem__, lambda i, logprobs, entropy: _loss(logprobs, entropy, weights[i]),
+            TEMPERATURE))
         norms.append(engine.step(lr))
     weight_map = model.weight_map(context.tp_size)
     worst, names = 0.0, set()

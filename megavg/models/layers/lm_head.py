@@ -6,7 +6,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import nn
 
-from megavg.ops.vocab_parallel import VocabShard, token_scores
+from megavg.ops.vocab_parallel import VocabShard, project, token_scores
 from megavg.parallel.context import ParallelContext
 
 
@@ -34,4 +34,4 @@ class LMHead(nn.Module):
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, D] -> this rank's logits [N, Vs], fp32; for the few positions that are sampled."""
-        return torch.mm(hidden, self.weight.t()).float()
+        return project(hidden, self.weight, torch.float32)

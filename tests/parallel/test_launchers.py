@@ -1,0 +1,50 @@
+"""Which process am I: every launcher's way of saying it, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavg.parallel.mcore import _read_launcher, check_world_size
+
+
+def ranks(environment: dict[str, str]) -> tuple[str, str, str]:
+    found = _read_launcher(environment)
+    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
+
+
+def test_alone_without_a_launcher():
+    found = _read_launcher({})
+    assert ranks({}) == ("0", "1", "0")
+    assert found["MASTER_PORT"] == "0"  # any free port, so that two lone runs do not meet
+
+
+@pytest.mark.parametrize("environment", [
+    {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"},
+    {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+    {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"},
+    {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"},
+])
+def test_each_launcher_is_understood(environment):
+    assert ranks({**environment, "MASTER_ADDR": "127.0.0.1"}) == ("3", "4", "1")
+
+
+def test_torch_names_win_over_the_scheduler():
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1",
+                   "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1"}
+    assert ranks(environment) == ("1", "2", "1")
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"RANK": "1"}, "RANK and WORLD_SIZE"),
+    ({"WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}, "MASTER_ADDR"),
+])
+def test_half_an_environment_is_refused(environment, message):
+    """Otherwise every process would believe to be alone and write over the others' files."""
+    with pytest.raises(ValueError, match=message):
+        _read_launcher(environment)
+
+
+def test_a_world_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="world size 6 is not divisible .* 4 \\* 1"):
+        check_world_size(6, 4, 1)
