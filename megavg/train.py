@@ -43,5 +43,14 @@ def _tell(error: Exception) -> int:
     return 2
 
 
+def _start() -> int:
+    code = main()
+    if "megavg.parallel.mcore" in sys.modules:  # not after a typo, for which torch is not loaded
+        from megavg.parallel.mcore import stop_processes
+
+        stop_processes()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_start())

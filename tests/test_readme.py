@@ -20,6 +20,10 @@ def commands() -> list[str]:
     return [line.split("#")[0].strip() for line in lines + inline if line.strip()]
 
 
+def test_no_figure_is_left_to_fill_in():
+    assert not re.search(r"@[A-Z_]+@|TODO|TBD", TEXT)
+
+
 def test_there_are_commands():
     assert len(commands()) >= 4
 

@@ -93,6 +93,15 @@ def start_processes(timeout_minutes: float = 30.0) -> torch.device:
     return device
 
 
+def stop_processes() -> None:
+    """Leave the process group, as the last thing a process does.
+
+    Its threads would otherwise run into the end of the interpreter, which now and then aborts a finished process.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelContext:
     """Build megatron-core's groups over the running processes and return this process' place in them."""
     from megatron.core import parallel_state

@@ -41,7 +41,8 @@ class RunLog:
                  tensorboard: bool):
         self.folder, self.is_writer, self.num_steps, self.log_every = Path(folder), is_writer, num_steps, log_every
         self._board = self._progress = None
-        self._started, self._start_step = time.monotonic(), start_step
+        self._start_step = start_step
+        self._first: tuple[int, float] | None = None  # step and time of the first report
         if not is_writer:
             return
         path = self.folder / "metrics.jsonl"
@@ -74,13 +75,18 @@ class RunLog:
         """Show where the training is: a bar on a terminal, a line now and then elsewhere."""
         if not self.is_writer:
             return
+        self._first = self._first or (step, time.monotonic())
         shown = "  ".join(f"{_SHORT.get(name, name)} {_format(values[name])}" for name in _SHOWN if name in values)
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, figures=shown)
         elif step % self.log_every == 0 or step in (self._start_step + 1, self.num_steps):
-            done = step - self._start_step
-            left = (time.monotonic() - self._started) / done * (self.num_steps - step)
-            self.say(f"step {step}/{self.num_steps}  {shown}  {left:.0f} s left")
+            self.say(f"step {step}/{self.num_steps}  {shown}{self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first[0]
+        if not done:
+            return ""
+        return f"  {(time.monotonic() - self._first[1]) / done * (self.num_steps - step):.0f} s left"
 
     def picture(self, step: int, name: str, image) -> Path | None:
         """Keep a PIL image as PNG and in TensorBoard."""

@@ -85,7 +85,7 @@ def start_up_mistakes(folder: Path) -> dict[str, tuple[str, str]]:
         "missing shard": (f"model.path={folder}/missing_shard", "model-00001-of-00002.safetensors is missing, but"),
         "short weights": (f"model.path={folder}/short_weights", "short_weights/model.safetensors cannot be read"),
         "bad config": (f"model.path={folder}/bad_config", "bad_config/config.json"),
-        "other model": (f"model.path={folder}/other_model", "model_type in"),
+        "other model": (f"model.path={folder}/other_model", "is no family of megavg (did you mean 'qwen3_vl'?)"),
         "no tokenizer": (f"model.path={folder}/no_tokenizer", "no_tokenizer"),
         "other size": (f"model.path={folder}/other_size", "config.json and the weights do not belong together"),
         "no shards": (f"data.shards=[{folder}/no-*.tar]", f"no shard matches '{folder}/no-*.tar'"),

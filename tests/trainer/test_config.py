@@ -222,10 +222,10 @@ def test_overrides_may_stand_before_the_file(file):
     assert parse_command_line(["trainer.num_steps=9", "--config", str(file)]).trainer.num_steps == 9
 
 
-def test_only_one_process_of_a_machine_speaks(file, tmp_path):
-    for local_rank, lines in (("0", 1), ("1", 0)):
-        result = start("--local_rank", local_rank, "--config", file, "x.y=1", cwd=tmp_path, LOCAL_RANK=local_rank,
-                       RANK="8")
+def test_only_the_first_process_speaks(file, tmp_path):
+    for rank, lines in (("0", 1), ("1", 0)):
+        result = start("--local_rank", rank, "--config", file, "x.y=1", cwd=tmp_path, LOCAL_RANK=rank, RANK=rank,
+                       WORLD_SIZE="2")
         assert result.returncode == 2 and result.stderr.count("\n") == lines
 
 

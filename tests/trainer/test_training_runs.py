@@ -178,9 +178,9 @@ def test_greedy_rollouts_are_all_alike(one_process):
     assert all(count % 4 == 0 for count in line["reasons"].values())
 
 
-def tensor_parallel_runs(supervised: dict, after: dict, other_layout: dict) -> str:
-    train(supervised)
-    train(after)
+def tensor_parallel_runs(supervised: dict, after: dict, with_reference: list[dict], other_layout: dict) -> str:
+    for tree in (supervised, after, *with_reference):
+        train(tree)
     with pytest.raises(ValueError) as caught:
         train(other_layout)
     return str(caught.value)
@@ -197,7 +197,9 @@ def tensor_parallel(warm_up, few_scenes, data_parallel, grpo_tree, tmp_path_fact
     after = grpo_tree(folder / "ecvgpo", layout, f"model.path={folder / 'sft' / 'hf'}", "trainer.export_hf=true")
     other = grpo_tree(data_parallel / "whole", layout, "trainer.resume=true")
     before = (data_parallel / "whole" / "config.yaml").read_text()
-    errors = run_ranks(2, tensor_parallel_runs, supervised, after, other)
+    reference = ("algorithm.kl_coefficient=0.04", "optimizer.lr=1e-3")
+    with_reference = [grpo_tree(folder / "kl_tp", layout, *reference), grpo_tree(folder / "kl_dp", *reference)]
+    errors = run_ranks(2, tensor_parallel_runs, supervised, after, with_reference, other)
     assert (data_parallel / "whole" / "config.yaml").read_text() == before
     return folder, errors
 
@@ -209,6 +211,16 @@ def test_tensor_parallel_training(tensor_parallel):
         assert [line["step"] for line in lines] == [1, 2, 3] and all(map(all_finite, lines))
         assert not load_in_transformers(folder / name / "hf")[1]
     assert PER_STEP <= set(lines[0]) and all(line["rollout/logprob_gap"] <= 1e-4 for line in lines)
+
+
+@pytest.mark.parametrize("layout", ["kl_tp", "kl_dp"])
+def test_the_reference_is_the_same_in_every_layout(tensor_parallel, one_process, layout):
+    """A frozen copy under ZeRO-3 over two data-parallel, or split over two tensor-parallel, ranks."""
+    ours, alone = training_lines(tensor_parallel[0] / layout), training_lines(one_process / "kl")
+    assert alone[-1]["kl/reference"] > 1e-6  # it has moved away
+    for two, one in zip(ours, alone, strict=True):
+        assert two["kl/reference"] == pytest.approx(one["kl/reference"], abs=1e-5)
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
 def test_resume_in_another_layout_is_refused(tensor_parallel, data_parallel):
