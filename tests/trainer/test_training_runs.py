@@ -114,7 +114,10 @@ def one_process(grpo_tree, checkpoints, few_scenes, tmp_path_factory):
     older.mkdir(parents=True)
     (older / "trainer_state.json").write_text("{}")
     (folder / "replaced" / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
+    goal = ("evaluation.every=1", "evaluation.stop_at={seen: 0.01}", "trainer.save_every=1")
     run_ranks(1, one_process_runs, {
+        "goal": grpo_tree(folder / "goal", *goal),
+        "goal_resumed": grpo_tree(folder / "goal", *goal, "trainer.resume=true"),
         "plain": grpo_tree(folder / "plain", "evaluation.at_end=true"),
         "twice": grpo_tree(folder / "twice", "trainer.updates_per_batch=2", "trainer.num_steps=1"),
         "kl": grpo_tree(folder / "kl", "algorithm.kl_coefficient=0.04", "optimizer.lr=1e-3"),
@@ -138,6 +141,11 @@ def test_two_ranks_do_what_one_does(data_parallel, one_process):
     two, one = (json.loads((folder / "evaluation" / "seen-000003.json").read_text())
                 for folder in (data_parallel / "whole", one_process / "plain"))
     assert {row["key"]: row["text"] for row in two["rows"]} == {row["key"]: row["text"] for row in one["rows"]}
+
+
+def test_a_training_ends_at_its_goal_and_stays_there(one_process):
+    """Also when it is resumed: the goal was reached by the process before."""
+    assert [line["step"] for line in training_lines(one_process / "goal")] == [1]
 
 
 def test_kl_to_the_reference_starts_at_zero(one_process):
