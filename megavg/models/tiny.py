@@ -35,7 +35,7 @@ class TinySpec:
     patch_size: int | None = None  # pixels: 14 (Qwen2-VL, Qwen2.5-VL) or 16 (Qwen3-VL)
     vocab_size: int = 512  # rows of the embedding; the tokenizer may have fewer tokens
     # The released models use 1e6 or 5e6. Few frequencies fit a small head, and there they would all be too slow: with
-    # 1e4 a tiny model learns to point in two thirds of the steps.
+    # 1e4 a tiny model learns to point sooner.
     rope_theta: float = 10_000.0
     initializer_range: float = 0.02  # deviation of the random weights; 0.05 makes narrow models learn faster
     seed: int = 0

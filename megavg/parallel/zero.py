@@ -53,7 +53,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, context: Parallel
 def gather_as_one(blocks: list[nn.Module]) -> None:
     """Have ZeRO-3 gather each block's parameters in one collective, not module by module.
 
-    Without this every linear and norm has its own hooks: twice the step time on small models.
+    Without this every linear and norm has its own hooks, about a quarter of the step time of the demo's model.
     """
     from deepspeed.utils import set_z3_leaf_module
 

@@ -13,7 +13,7 @@ class ZeroConfig:
 
     Attributes:
         param_persistence_threshold: parameters smaller than this stay whole on every rank. DeepSpeed gathers those one
-            by one after each step while blocks are gathered whole, so 0 was the fastest on every model tried.
+            by one after each step while blocks are gathered whole, so 0 was the fastest on the demo's model.
         prefetch_bucket_size: how far ahead parameters are gathered.
         reduce_bucket_size: gradients are reduced in buckets of this size.
         overlap_comm: reduce gradients beside the backward (CUDA).
