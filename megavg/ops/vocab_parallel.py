@@ -1,53 +1,31 @@
 """Log-prob and entropy of tokens under a head whose vocabulary rows are split over ranks, without storing logits.
 
-With z = h W^T / T, p = softmax(z): l = log p_y and H = -sum p log p. Rows are worked through in chunks; a chunk's
-logits live only while its statistics are taken. Each rank reduces its rows of the vocabulary to four numbers a token,
-
-    m = max z,   s = sum e^(z-m),   u = sum e^(z-m) (z-m),   z_y if y is here else 0,
-
-one all-gather of [4, N] brings them together, and every rank merges them in rank order (so all get the same bits):
-
-    l = (z_y - m) - log s,      H = log s - u / s.
-
-Backward recomputes the logits. With upstream a = dL/dl and b = dL/dH:
+With z = (h W^T + bias) / T and p = softmax(z): l = log p_y and H = -sum p log p. The forward walks through tiles of logits
+and keeps four numbers a row (``vocab_shard``), which one all-gather merges over the ranks. The backward makes the tiles
+anew. With upstream a = dL/dl and b = dL/dH,
 
     dL/dz_j = (1/T) { a [j = y] - p_j ( a + b H + b log p_j ) },
 
-the head's gradient stays local and the hidden states' gradient takes one all-reduce.
+the head's gradient stays on its rank and the hidden states' gradient takes one reduction (``vocab_gradient``).
+docs/vocab_op.md has the memory law, the measured figures and examples.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
-from megavg.protocols.batch import TokenScores
-
-_CHUNK_BYTES = 64 * 2**20
-_MIN_CHUNK_ROWS = 128  # fewer rows make the matrix products bound by memory
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """Which rows of the head this rank holds.
-
-    Attributes:
-        start, stop: the half-open range of token ids.
-        vocab_size: true size V; rows with an id >= V pad the shards to equal length and have no probability.
-        group: the tensor-parallel group, or None for an unsplit head.
-    """
-
-    start: int
-    stop: int
-    vocab_size: int
-    group: dist.ProcessGroup | None = None
-
-    @property
-    def num_valid(self) -> int:
-        """How many of this rank's rows are real tokens."""
-        return max(0, min(self.stop, self.vocab_size) - self.start)
+from megavg.ops.vocab_backend import load_backend
+from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction, sweep
+from megavg.ops.vocab_rows import NATS, BlockRecord, Blocks, HeadRows, LogitGradient
+from megavg.ops.vocab_shard import Merged, VocabShard, gather_tables, merge
+from megavg.protocols.batch import IGNORE, TokenScores
+from megavg.protocols.options import HeadOptions
 
 
 def token_scores(
@@ -55,125 +33,210 @@ def token_scores(
     weight: torch.Tensor,
     targets: torch.Tensor,
     shard: VocabShard,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    *,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = IGNORE,
+    top1: bool = False,
+    sum_squares: bool = False,
+    sequence_parallel: bool = False,
+    options: HeadOptions = HeadOptions(),
+    blocks: Blocks | None = None,
 ) -> TokenScores:
-    """Score each target token: log-prob and entropy under softmax(hidden weight^T / temperature).
+    """Score each target token: log-prob and entropy under softmax((hidden weight^T + bias) / temperature).
 
     Args:
-        hidden: [N, D], the same on all ranks of ``shard.group``.
-        weight: [Vs, D], this rank's rows of the head.
-        targets: [N] int64, token ids in 0..V-1, the same on all ranks.
-        temperature: > 0.
+        hidden: [N, D], the same on all ranks of ``shard.group``. With ``sequence_parallel`` [N / world, D], this rank's
+            rows in rank order: they are gathered, and their gradient is reduce-scattered.
+        weight: [Vs, D], this rank's rows of the head, of hidden's dtype (fp64, fp32, bf16 or fp16).
+        targets: [N] int64, token ids in 0..V-1, the same on all ranks. Rows with ``ignore_index`` score 0, have no
+            gradient and cost nothing.
+        shard: which rows of the head these are.
+        temperature: > 0, a number or [N].
+        bias: [Vs], finite.
+        top1: also give the most likely token, the lowest id among equals. No gradient.
+        sum_squares: also give sum p^2, whose negative log is the Renyi-2 entropy. No gradient.
+        options: backend, memory for a cache, threshold below which blocks are skipped in the backward.
+        blocks: size of the tiles; None takes what was the fastest.
 
     Returns:
-        ``TokenScores`` of [N] fp32 (fp64 for fp64 input), equal on all ranks, differentiable to hidden and weight.
+        ``TokenScores`` of [N] fp32 (fp64 for fp64 input), with the same bits on all ranks and in every run. Log-probs and
+        entropies are differentiable to hidden, weight and bias; rows without an upstream gradient cost nothing.
 
     Raises:
-        ValueError: shapes that do not fit, a target outside the vocabulary, a temperature <= 0.
+        ValueError: shapes that do not fit, a target outside the vocabulary, a temperature that is not above 0, input that is
+            not finite, shards of the group that overlap or leave a gap.
     """
-    _check(hidden, weight, targets, shard, temperature)
-    logprobs, entropy = _TokenScores.apply(hidden, weight, targets, shard, temperature)
-    return TokenScores(logprobs, entropy)
+    shape_rows = hidden.shape[0] * (shard.world_size if sequence_parallel else 1) if hidden.dim() else 0
+    check_head(hidden, weight, shard, bias)
+    check_temperature(temperature, shape_rows)
+    _check_targets(targets, shape_rows, shard, ignore_index)
+    call = _Call(shard, temperature, ignore_index, top1, sum_squares, sequence_parallel, options, blocks,
+                 torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)))
+    outputs = _TokenScores.apply(hidden, weight, bias, targets, call)
+    return TokenScores(*outputs)
 
 
-def _check(hidden, weight, targets, shard: VocabShard, temperature: float) -> None:
+@dataclass(frozen=True)
+class _Call:
+    """The options of one call."""
+
+    shard: VocabShard
+    temperature: float | torch.Tensor
+    ignore_index: int
+    top1: bool
+    sum_squares: bool
+    sequence_parallel: bool
+    options: HeadOptions
+    blocks: Blocks | None
+    needs_grad: bool
+
+
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, shard: VocabShard, bias: torch.Tensor | None = None) -> None:
+    """Refuse shapes and dtypes that do not belong together."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"expected hidden [N, D] and weight [Vs, D] of one width, got {tuple(hidden.shape)} and "
                          f"{tuple(weight.shape)}")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"expected hidden and weight of one floating dtype, got {hidden.dtype} and {weight.dtype}")
     if weight.shape[0] != shard.stop - shard.start:
         raise ValueError(f"the head has {weight.shape[0]} rows but the shard says {shard.start}..{shard.stop}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"expected {hidden.shape[0]} targets, got shape {tuple(targets.shape)}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= shard.vocab_size):
-        raise ValueError(f"targets must lie in 0..{shard.vocab_size - 1}, got {int(targets.min())}.."
-                         f"{int(targets.max())}")
+    if shard.vocab_size < 1:
+        raise ValueError(f"vocab_size must be at least 1, got {shard.vocab_size}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected a bias [{weight.shape[0]}], got shape {tuple(bias.shape)}")
 
 
-def _chunks(num_rows: int, num_columns: int):
-    rows = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // max(1, 4 * num_columns))
-    return [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]
+def check_temperature(temperature: float | torch.Tensor, num_rows: int) -> None:
+    """Refuse a temperature that is not above 0, or not one number or one a row."""
+    if isinstance(temperature, torch.Tensor):
+        if temperature.shape != (num_rows,):
+            raise ValueError(f"expected a temperature [{num_rows}], got shape {tuple(temperature.shape)}")
+        if temperature.requires_grad:
+            raise ValueError("the temperature requires a gradient, which this op does not give; detach it")
+        lowest = float(temperature.min()) if temperature.numel() else 1.0
+    else:
+        lowest = temperature
+    if not 0 < lowest < math.inf:
+        raise ValueError(f"temperature must be above 0, got {lowest}")
 
 
-def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """hidden [N, D] times weight^T [D, Vs] in ``dtype``; logits of bf16 operands are never rounded to bf16."""
-    if hidden.dtype == dtype:
-        return torch.mm(hidden, weight.t())
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=dtype)
-    return torch.mm(hidden.to(dtype), weight.t().to(dtype))
+def _check_targets(targets: torch.Tensor, num_rows: int, shard: VocabShard, ignore_index: int) -> None:
+    if targets.shape != (num_rows,):
+        raise ValueError(f"expected {num_rows} targets, got shape {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"expected targets of dtype torch.int64, got {targets.dtype}")
+    wrong = ((targets < 0) | (targets >= shard.vocab_size)) & (targets != ignore_index)
+    if targets.numel() and bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"targets must lie in 0..{shard.vocab_size - 1} or be {ignore_index} (ignored), got "
+                         f"{int(targets[row])} in row {row}")
 
 
-def _logits(hidden, weight, inverse_temperature: float, dtype) -> torch.Tensor:
-    return project(hidden, weight, dtype).mul_(inverse_temperature)
+def make_rows(hidden, weight, bias, shard: VocabShard, temperature, targets=None, kept=None) -> HeadRows:
+    """The rows to score, those at ``kept`` [k] only, with the padding rows of the head cut off."""
+    columns = torch.full((hidden.shape[0],), -1, device=hidden.device) if targets is None else targets - shard.start
+    columns = torch.where((columns >= 0) & (columns < shard.num_valid), columns, -1)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, torch.Tensor):
+        scale = (1 / (temperature.double() * NATS)).to(hidden.device, dtype)
+    else:
+        scale = 1 / (temperature * NATS)
+    rows = HeadRows(hidden, weight[:shard.num_valid], None if bias is None else bias[:shard.num_valid], columns, scale)
+    return rows if kept is None else rows.select(kept)
 
 
-def _shard_statistics(hidden, weight, local_targets, inverse_temperature, dtype) -> torch.Tensor:
-    """[4, N] = (m, s, u, z_y) of this rank's rows; an empty shard gives (-inf, 0, 0, 0)."""
-    stats = torch.zeros(4, hidden.shape[0], dtype=dtype, device=hidden.device)
-    stats[0] = -torch.inf
-    if weight.shape[0] == 0:
-        return stats
-    here = (local_targets >= 0) & (local_targets < weight.shape[0])
-    for rows in _chunks(hidden.shape[0], weight.shape[0]):
-        z = _logits(hidden[rows], weight, inverse_temperature, dtype)
-        index = local_targets[rows].clamp(0, weight.shape[0] - 1)[:, None]
-        stats[3, rows] = torch.where(here[rows], z.gather(1, index)[:, 0], 0)
-        stats[0, rows] = z.amax(1)
-        z -= stats[0, rows, None]
-        e = z.exp()
-        stats[1, rows] = e.sum(1)
-        stats[2, rows] = torch.linalg.vecdot(e, z)
-    return stats
+def check_finite(merged: Merged, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """One look at the results finds input that is not finite; only then is the input searched. Same on all ranks."""
+    if bool((torch.isfinite(merged.logprobs) & torch.isfinite(merged.entropy)).all()):
+        return
+    rows = (~torch.isfinite(hidden).all(1)).nonzero()[:, 0].tolist()
+    if rows:
+        raise ValueError(f"expected finite hidden states, got NaN or infinity in {len(rows)} of {hidden.shape[0]} rows, "
+                         f"the first of which is row {rows[0]}")
+    if not bool(torch.isfinite(weight).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
+        raise ValueError("expected a finite head, got NaN or infinity in this rank's weight or bias")
+    raise ValueError("the softmax is not finite though this rank's hidden states and weight are: another rank's head "
+                     "holds NaN or infinity, or products overflow")
 
 
-def _merge(stats: torch.Tensor, group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Statistics of all shards -> (log-prob, entropy, log of the normaliser), each [N]."""
-    world = 1 if group is None else dist.get_world_size(group)
-    parts = stats[None]
-    if world > 1:
-        flat = stats.new_empty(world * 4, stats.shape[1])
-        dist.all_gather_into_tensor(flat, stats, group=group)
-        parts = flat.view(world, 4, -1)
-    m = parts[:, 0].amax(0)
-    shift = (parts[:, 0] - m).clamp_min(-1e4)  # an empty shard: -inf would make 0 * inf below
-    scale = shift.exp()
-    s = (scale * parts[:, 1]).sum(0)
-    u = (scale * (parts[:, 2] + shift * parts[:, 1])).sum(0)
-    log_s = s.log()
-    return (parts[:, 3].sum(0) - m) - log_s, log_s - u / s, m + log_s
+def gather_hidden(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """Rows of all ranks, in rank order."""
+    if shard.world_size == 1:
+        return hidden
+    whole = hidden.new_empty(hidden.shape[0] * shard.world_size, hidden.shape[1])
+    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=shard.group)
+    return whole
 
 
 class _TokenScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, shard: VocabShard, temperature: float):
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        local_targets = targets - shard.start
-        stats = _shard_statistics(hidden, weight[:shard.num_valid], local_targets, 1 / temperature, dtype)
-        logprobs, entropy, log_normaliser = _merge(stats, shard.group)
-        ctx.save_for_backward(hidden, weight, local_targets, entropy, log_normaliser)
-        ctx.shard, ctx.inverse_temperature = shard, 1 / temperature
-        return logprobs, entropy
+    def forward(ctx, hidden, weight, bias, targets, call: _Call):
+        ctx.set_materialize_grads(False)
+        shard, options = call.shard, call.options
+        whole = gather_hidden(hidden, shard) if call.sequence_parallel else hidden
+        kept = (targets != call.ignore_index).nonzero()[:, 0]
+        rows = make_rows(whole, weight, bias, shard, call.temperature, targets, kept)
+        backend = load_backend(options.backend, hidden.device)
+        skips = call.needs_grad and options.skip_mass > 0
+        blocks = call.blocks or Blocks.default(rows.hidden.shape[0], hidden.device, skips)
+        table, record = backend.statistics(rows, blocks, call.top1, call.sum_squares, want_mass=skips,
+                                           cache_bytes=options.cache_bytes if call.needs_grad else 0)
+        merged = merge(gather_tables(table, shard, targets[kept]), call.top1, call.sum_squares)
+        check_finite(merged, whole, weight, bias)
+        skip_below, dropped = None, None
+        if skips:
+            skip_below = merged.reference + merged.total.log2() + math.log2(options.skip_mass)
+            dropped = _dropped_mass(record, rows, blocks, merged, skip_below)
+        if call.needs_grad:
+            ctx.save_for_backward(hidden, weight, bias, kept, targets, merged.reference, merged.total, merged.entropy,
+                                  skip_below)
+            ctx.call, ctx.blocks, ctx.backend, ctx.record = call, blocks, backend, record
+        results = (merged.logprobs, merged.entropy, merged.top_ids, merged.top_logprobs, merged.sum_squares, dropped)
+        results = tuple(_spread(r, kept, targets.numel()) for r in results)
+        ctx.mark_non_differentiable(*(r for r in results[2:] if r is not None))
+        return results
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, local_targets, entropy, log_normaliser = ctx.saved_tensors
-        shard, inverse_temperature = ctx.shard, ctx.inverse_temperature
-        valid = weight[:shard.num_valid]
-        grad_hidden = torch.zeros_like(hidden, dtype=entropy.dtype)
-        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype)
-        a, b = grad_logprobs * inverse_temperature, grad_entropy * inverse_temperature
-        for rows in _chunks(hidden.shape[0], max(1, shard.num_valid)) if shard.num_valid else []:
-            logp = _logits(hidden[rows], valid, inverse_temperature, entropy.dtype).sub_(log_normaliser[rows, None])
-            p = logp.exp()
-            dz = torch.addcmul((a + b * entropy)[rows, None], logp, b[rows, None]).mul_(p).neg_()
-            here = (local_targets[rows] >= 0) & (local_targets[rows] < shard.num_valid)
-            hit = here.nonzero()[:, 0]
-            dz[hit, local_targets[rows][hit]] += a[rows][hit]
-            dz = dz.to(hidden.dtype)
-            grad_hidden[rows] = torch.mm(dz, valid).to(entropy.dtype)
-            grad_weight[:shard.num_valid] += torch.mm(dz.t(), hidden[rows])
-        if shard.group is not None and dist.get_world_size(shard.group) > 1:
-            dist.all_reduce(grad_hidden, group=shard.group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy, *_):
+        hidden, weight, bias, kept, targets, reference, total, entropy, skip_below = ctx.saved_tensors
+        call, shard, record = ctx.call, ctx.call.shard, ctx.record
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        upstream = [None if g is None else g[kept].to(entropy.dtype) for g in (grad_logprobs, grad_entropy)]
+        matters = sum((u != 0 for u in upstream if u is not None), torch.zeros_like(kept, dtype=torch.bool))
+        active = matters.nonzero()[:, 0]
+        whole = gather_hidden(hidden, shard) if call.sequence_parallel else hidden
+        rows = make_rows(whole, weight, bias, shard, call.temperature, targets, kept)
+        scale = rows.scale
+        a = torch.zeros_like(entropy) if upstream[0] is None else upstream[0]
+        gradient = LogitGradient.of_scores(a, upstream[1], reference, total, entropy, scale)
+        if active.numel() < kept.numel():
+            rows, gradient, record = rows.select(active), gradient.select(active), record.select(active)
+            skip_below = None if skip_below is None else skip_below[active]
+        grads = HeadGradients(targets.numel(), kept[active], whole if wants_hidden else None,
+                              weight if wants_weight else None, bias if wants_bias else None, shard.num_valid,
+                              entropy.dtype)
+        reduction = HiddenReduction(shard.group, shard.world_size, call.sequence_parallel)
+        sweep(ctx.backend, rows, gradient, record, ctx.blocks, grads, reduction, skip_below)
+        grad_hidden = reduction.wait()
+        ctx.record = None
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grads.weight, grads.bias, None, None
+
+
+def _spread(values: torch.Tensor | None, kept: torch.Tensor, num_rows: int) -> torch.Tensor | None:
+    """Results of the rows that were scored among all [N]; 0 where a row was ignored."""
+    if values is None or kept.numel() == num_rows:
+        return values
+    return values.new_zeros(num_rows).index_copy_(0, kept, values)
+
+
+def _dropped_mass(record: BlockRecord, rows: HeadRows, blocks: Blocks, merged: Merged,
+                  skip_below: torch.Tensor) -> torch.Tensor:
+    """[n] probability of the blocks of this rank's shard that the backward will leave out."""
+    if rows.weight.shape[0] == 0:
+        return torch.zeros_like(merged.entropy)
+    number = torch.arange(record.log_mass.shape[0], device=rows.hidden.device)[:, None]
+    left_out = (record.log_mass < skip_below) & (rows.columns // blocks.columns != number)
+    mass = (record.log_mass - merged.reference).exp2() / merged.total
+    return torch.where(left_out, mass, 0).sum(0)

@@ -67,10 +67,34 @@ class TokenScores:
     Attributes:
         logprobs: [N] or [B, T], log pi(token), nats; self-information is its negative.
         entropy: same shape, Shannon entropy of the whole next-token distribution, nats.
+        top_ids: same shape, int64, the most likely token; None unless asked for, like all that follow. No gradient.
+        top_logprobs: its log-prob, nats.
+        sum_squares: sum of p^2 over the vocabulary.
+        dropped_mass: probability of the blocks of THIS RANK's vocabulary rows that the backward leaves out.
     """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    sum_squares: torch.Tensor | None = None
+    dropped_mass: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """How far two distributions P and Q over the vocabulary are apart; each [N], fp32 and differentiable.
+
+    Attributes:
+        jsd: Jensen-Shannon divergence, nats, in 0..log 2.
+        entropy_gap: H(P) - H(Q), nats.
+        entropy_p, entropy_q: H(P) and H(Q), nats; no gradient of their own.
+    """
+
+    jsd: torch.Tensor
+    entropy_gap: torch.Tensor
+    entropy_p: torch.Tensor
+    entropy_q: torch.Tensor
 
 
 @dataclass

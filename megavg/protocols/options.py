@@ -61,6 +61,29 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class HeadOptions:
+    """How the vocabulary op trades memory and exactness for time. The defaults are exact and the smallest in memory.
+
+    Attributes:
+        backend: auto takes Triton on CUDA where it is installed, torch otherwise.
+        cache_bytes: room for exp(logits) of the forward in bf16, 2 bytes a token and column of this rank's vocabulary;
+            what is cached needs no second matrix product in the backward and has gradients rounded like bf16. 0 keeps none.
+        skip_mass: in the backward, leave out a token's blocks of columns that hold less probability than this; 0 leaves
+            out none, 1e-5 is a good start. The probability left out is reported.
+    """
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    cache_bytes: int = 0
+    skip_mass: float = 0.0
+
+    def __post_init__(self):
+        if self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes={self.cache_bytes} must not be negative")
+        if not 0 <= self.skip_mass < 1:
+            raise ValueError(f"skip_mass={self.skip_mass} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How answers are sampled.
 
