@@ -17,6 +17,7 @@ from megavg.checkpoint.weight_map import WeightEntry, WeightMap
 from megavg.models.layers.language_model import DecoderDims
 from megavg.models.layers.stage import QwenVLStage, layer_range
 from megavg.parallel.context import ParallelContext
+from megavg.protocols.options import HeadOptions
 from megavg.protocols.plugin import load_module, names_in, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,12 +54,14 @@ class Model:
         config: HF's configuration object of the checkpoint.
         dims: decoder sizes.
         checkpoint: the directory's tensors.
+        head: how log-probs and entropies are computed.
     """
 
     spec: ModelSpec
     config: Any
     dims: DecoderDims
     checkpoint: HFCheckpoint
+    head: HeadOptions = HeadOptions()
 
     def build_stage(self, context: ParallelContext, dtype: torch.dtype) -> QwenVLStage:
         """This rank's stage on its device, with weights not loaded yet."""
@@ -66,7 +69,8 @@ class Model:
         self._check_stages(context.pp_size)
         with torch.device(context.device):
             stage = QwenVLStage(self.dims, self.config.image_token_id, self.spec.make_rotary(self.config.text_config),
-                                lambda: self._vision_tower(dtype), self.spec.vision_features, context, dtype)
+                                lambda: self._vision_tower(dtype), self.spec.vision_features, context, dtype,
+                                self.head)
         for parameter in stage.parameters():
             if not getattr(parameter, "tensor_model_parallel", False):
                 # DeepSpeed's gradient norm counts a replicated parameter once
@@ -120,7 +124,7 @@ def _family(model_type: str, directory: Path) -> ModelSpec:
     return load_module("megavg.models", model_type, "model_type").SPEC
 
 
-def load_model(directory: str | Path) -> Model:
+def load_model(directory: str | Path, head: HeadOptions = HeadOptions()) -> Model:
     """Open a checkpoint directory and pick its family by ``model_type``."""
     from transformers import AutoConfig
 
@@ -133,7 +137,7 @@ def load_model(directory: str | Path) -> Model:
         text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,
         text.num_key_value_heads, head_dim, text.vocab_size, text.rms_norm_eps, spec.qkv_bias, spec.qk_norm,
         tie_embeddings=bool(config.tie_word_embeddings))
-    return Model(spec, config, dims, checkpoint)
+    return Model(spec, config, dims, checkpoint, head)
 
 
 def copy_weights(stage: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -8,14 +8,15 @@ from types import ModuleType
 import torch
 
 
-def load_backend(name: str, device: torch.device) -> ModuleType:
+def load_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """The module of a backend: ``statistics``, ``gradient_room``, ``fill_gradient`` and ``fill_gradient_from_cache``.
 
-    ``auto`` takes Triton for CUDA tensors where it is installed, torch otherwise. ``triton`` on a CPU needs Triton's
-    interpreter (TRITON_INTERPRET=1 set before Triton is imported), which is for tests.
+    ``auto`` takes Triton for CUDA tensors below float64 where it is installed, torch otherwise. ``triton`` on a CPU needs
+    Triton's interpreter (TRITON_INTERPRET=1 set before Triton is imported), which is for tests.
     """
     if name == "auto":
-        name = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+        fits = device.type == "cuda" and dtype != torch.float64
+        name = "triton" if fits and importlib.util.find_spec("triton") else "torch"
     if name == "torch":
         from megavg.ops import vocab_torch
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megavg.ops.vocab_backend import load_backend
 from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction, sweep
 from megavg.ops.vocab_rows import NATS, BlockRecord, Blocks, HeadRows, LogitGradient
-from megavg.ops.vocab_shard import Merged, VocabShard, gather_tables, merge
+from megavg.ops.vocab_shard import TOP_ID, Merged, VocabShard, gather_tables, merge
 from megavg.protocols.batch import IGNORE, TokenScores
 from megavg.protocols.options import HeadOptions
 
@@ -177,12 +177,14 @@ class _TokenScores(torch.autograd.Function):
         whole = gather_hidden(hidden, shard) if call.sequence_parallel else hidden
         kept = (targets != call.ignore_index).nonzero()[:, 0]
         rows = make_rows(whole, weight, bias, shard, call.temperature, targets, kept)
-        backend = load_backend(options.backend, hidden.device)
+        backend = load_backend(options.backend, hidden.device, hidden.dtype)
         skips = call.needs_grad and options.skip_mass > 0
         blocks = call.blocks or Blocks.default(rows.hidden.shape[0], hidden.device, skips)
         table, record = backend.statistics(rows, blocks, call.top1, call.sum_squares, want_mass=skips,
                                            cache_bytes=options.cache_bytes if call.needs_grad else 0)
-        merged = merge(gather_tables(table, shard, targets[kept]), call.top1, call.sum_squares)
+        if call.top1:
+            table[TOP_ID] += shard.start
+        merged = merge(gather_tables(table, shard, targets), call.top1, call.sum_squares)
         check_finite(merged, whole, weight, bias)
         skip_below, dropped = None, None
         if skips:
@@ -190,8 +192,8 @@ class _TokenScores(torch.autograd.Function):
             dropped = _dropped_mass(record, rows, blocks, merged, skip_below)
         if call.needs_grad:
             ctx.save_for_backward(hidden, weight, bias, kept, targets, merged.reference, merged.total, merged.entropy,
-                                  skip_below)
-            ctx.call, ctx.blocks, ctx.backend, ctx.record = call, blocks, backend, record
+                                  skip_below, *record.tensors())
+            ctx.call, ctx.blocks, ctx.backend = call, blocks, backend
         results = (merged.logprobs, merged.entropy, merged.top_ids, merged.top_logprobs, merged.sum_squares, dropped)
         results = tuple(_spread(r, kept, targets.numel()) for r in results)
         ctx.mark_non_differentiable(*(r for r in results[2:] if r is not None))
@@ -200,8 +202,8 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy, *_):
-        hidden, weight, bias, kept, targets, reference, total, entropy, skip_below = ctx.saved_tensors
-        call, shard, record = ctx.call, ctx.call.shard, ctx.record
+        hidden, weight, bias, kept, targets, reference, total, entropy, skip_below, *recorded = ctx.saved_tensors
+        call, shard, record = ctx.call, ctx.call.shard, BlockRecord.of_tensors(recorded)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         upstream = [None if g is None else g[kept].to(entropy.dtype) for g in (grad_logprobs, grad_entropy)]
         matters = sum((u != 0 for u in upstream if u is not None), torch.zeros_like(kept, dtype=torch.bool))
@@ -220,7 +222,6 @@ class _TokenScores(torch.autograd.Function):
         reduction = HiddenReduction(shard.group, shard.world_size, call.sequence_parallel)
         sweep(ctx.backend, rows, gradient, record, ctx.blocks, grads, reduction, skip_below)
         grad_hidden = reduction.wait()
-        ctx.record = None
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grads.weight, grads.bias, None, None
 
 

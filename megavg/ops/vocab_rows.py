@@ -82,11 +82,20 @@ class BlockRecord:
     """
 
     log_mass: torch.Tensor | None = None
-    cached: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    cached: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Everything as one list, as autograd keeps it (and lets go of it after the backward)."""
+        return [self.log_mass, *(tensor for block in self.cached for tensor in block)]
+
+    @classmethod
+    def of_tensors(cls, tensors: list[torch.Tensor | None]) -> "BlockRecord":
+        """The inverse of ``tensors``."""
+        return cls(tensors[0], list(zip(tensors[1::2], tensors[2::2])))
 
     def select(self, rows: torch.Tensor) -> "BlockRecord":
         return BlockRecord(None if self.log_mass is None else self.log_mass.index_select(1, rows),
-                           [tuple(t.index_select(0, rows) for t in block) for block in self.cached])
+                           [(e.index_select(0, rows), m.index_select(0, rows)) for e, m in self.cached])
 
 
 def column_blocks(num_columns: int, width: int) -> list[slice]:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-REFERENCE, SUM, MOMENT, TARGET = range(4)
-"""Rows of a table of statistics; TOP_ID and SQUARES follow where they were asked for."""
+REFERENCE, SUM, MOMENT, TARGET, TOP_ID = range(5)
+"""Rows of a table of statistics. TOP_ID is there where it was asked for, and sum 2^(2 (x-m)) is the last row if it was."""
 
 _FINGERPRINT = 2**20  # integers below 2^24 survive fp32
 
@@ -75,16 +75,16 @@ class Merged:
     sum_squares: torch.Tensor | None = None
 
 
-def gather_tables(table: torch.Tensor, shard: VocabShard, targets: torch.Tensor) -> torch.Tensor:
+def gather_tables(table: torch.Tensor, shard: VocabShard, targets: torch.Tensor | None = None) -> torch.Tensor:
     """[R, N] of each rank -> [world, R, N], by one all-gather.
 
     Raises:
-        ValueError: the group's shards do not make up the vocabulary, or its ranks score different targets.
+        ValueError: the group's shards do not make up the vocabulary, or its ranks score different ``targets`` [N].
     """
     if shard.world_size == 1:
         _check_cover([(shard.start, shard.stop)], shard.vocab_size)
         return table[None]
-    about = [shard.start, shard.stop, shard.vocab_size, _fingerprint(targets)]
+    about = [shard.start, shard.stop, shard.vocab_size, 0 if targets is None else _fingerprint(targets)]
     column = table.new_tensor(about + [0] * (table.shape[0] - 4))[:, None]
     sent = torch.cat([table, column], 1)
     received = sent.new_empty(shard.world_size * sent.shape[0], sent.shape[1])
@@ -133,7 +133,7 @@ def merge(tables: torch.Tensor, top1: bool = False, sum_squares: bool = False) -
     nats = math.log(2)
     extra = {}
     if top1:
-        extra.update(top_ids=table[4].long(), top_logprobs=(-log_s * nats).to(dtype))
+        extra.update(top_ids=table[TOP_ID].long(), top_logprobs=(-log_s * nats).to(dtype))
     if sum_squares:
         extra.update(sum_squares=(table[-1] / table[SUM]**2).to(dtype))
     return Merged(table[REFERENCE].to(dtype), table[SUM].to(dtype),
@@ -153,7 +153,7 @@ def merge_tables(tables: torch.Tensor, top1: bool = False, sum_squares: bool = F
     merged[TARGET] = tables[:, TARGET].sum(0)
     if top1:
         best = tables[:, REFERENCE].argmax(0, keepdim=True)
-        merged[4] = tables[:, 4].gather(0, best)[0]
+        merged[TOP_ID] = tables[:, TOP_ID].gather(0, best)[0]
     if sum_squares:
         merged[-1] = (scale**2 * tables[:, -1]).sum(0)
     return merged

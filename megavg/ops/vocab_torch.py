@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from megavg.ops.vocab_rows import BlockRecord, Blocks, HeadRows, LogitGradient, column_blocks
-from megavg.ops.vocab_shard import MOMENT, REFERENCE, SUM, TARGET
+from megavg.ops.vocab_shard import MOMENT, REFERENCE, SUM, TARGET, TOP_ID
 
 _GROWN = 2.0**8  # a block's sum above this moves the reference
-_TOO_FAR = 2.0**24  # a block's sum above this has cost precision: the tile is done again with exact maxima
+_TOO_FAR = 2.0**24  # a block's sum above this has cost precision
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -64,65 +64,69 @@ def statistics(rows: HeadRows, blocks: Blocks, top1: bool = False, sum_squares: 
     record.cached = [(table.new_empty(n, s.stop - s.start, dtype=torch.bfloat16), table.new_empty(n))
                      for s in slices[:cache_bytes // (2 * n * width)]]
     sweep = _Sweep(rows, table, record, top1, sum_squares, min(blocks.rows, n), width)
-    tiles = column_blocks(n, blocks.rows)
-    sweep.run(slices, tiles, exact=top1)
-    if not top1:
-        sweep.run(slices, [tile for tile in tiles if sweep.lost_precision(tile)], exact=True)
+    table[REFERENCE] = 0
+    for number, block in enumerate(slices):
+        weight = rows.operand(rows.weight[block])
+        for tile in column_blocks(n, blocks.rows):
+            sweep.add(number, block, tile, weight)
     return table, record
 
 
 class _Sweep:
-    """One pass over blocks of columns and tiles of rows that fills a table of statistics."""
+    """One pass over blocks of columns and tiles of rows that fills a table of statistics.
+
+    The reference m of a row follows its sums: a matrix product that subtracts it needs no pass for a maximum. Where a block
+    turns out to lie far above it, that tile is worked out again from its maximum. With ``top1``, and on a GPU, where looking
+    would wait, m is always the exact maximum.
+    """
 
     def __init__(self, rows: HeadRows, table: torch.Tensor, record: BlockRecord, top1: bool, sum_squares: bool,
                  height: int, width: int):
         self.rows, self.table, self.record = rows, table, record
         self.top1, self.sum_squares = top1, sum_squares
-        self.largest = table.new_zeros(table.shape[1])
+        self.exact = top1 or table.device.type != "cpu"
         self.x, self.e = table.new_empty(2, height * width)
 
-    def run(self, slices: list[slice], tiles: list[slice], exact: bool) -> None:
-        for tile in tiles:
-            self.table[:, tile] = 0
-            self.largest[tile] = 0
-        for number, block in enumerate(slices if tiles else []):
-            weight = self.rows.operand(self.rows.weight[block])
-            for tile in tiles:
-                self._add(number, block, tile, weight, exact)
-
-    def lost_precision(self, tile: slice) -> bool:
-        """Whether some block's logits lay so far above the reference that sums overflowed or lost digits."""
-        return not bool((self.largest[tile] < _TOO_FAR).all())  # a NaN has lost it too
-
-    def _add(self, number: int, block: slice, tile: slice, weight: torch.Tensor, exact: bool) -> None:
+    def add(self, number: int, block: slice, tile: slice, weight: torch.Tensor) -> None:
+        """Take one tile into the table."""
         rows, shape = self.rows, (tile.stop - tile.start, block.stop - block.start)
         m, s, u, target = (self.table[i, tile] for i in (REFERENCE, SUM, MOMENT, TARGET))
         x, e = (buffer[:shape[0] * shape[1]].view(shape) for buffer in (self.x, self.e))
         bias = None if rows.bias is None else rows.bias[block]
         scaled_logits(x, rows.operand(rows.hidden[tile]), weight, bias, rows.scale_of(tile), m if number else None)
-        if exact or number == 0:
-            best = x.amax(1)
-            if self.top1:
-                better = (best > 0).nonzero()[:, 0] if number else slice(None)
-                self.table[4, tile][better] = (x[better].argmax(1) + block.start).to(x.dtype)
-            raised = best if number == 0 else m + best.clamp_min(0)
-            x.sub_((raised - m)[:, None])
-            self._move(raised, m, s, u, tile)
+        if self.exact or number == 0:
+            self._raise_reference(number, block, tile, x)
+        block_sum = torch.exp2(x, out=e).sum(1)
+        if not self.exact and not bool((block_sum < _TOO_FAR).all()):  # a NaN is too far as well
+            self._raise_reference(number, block, tile, x)
+            block_sum = torch.exp2(x, out=e).sum(1)
         columns = rows.columns[tile]
         hit = ((columns >= block.start) & (columns < block.stop)).nonzero()[:, 0]
         if hit.numel():
             target[hit] = x[hit, columns[hit] - block.start] + m[hit]
-        torch.exp2(x, out=e)
-        block_sum = e.sum(1)
         s += block_sum
         u += torch.linalg.vecdot(e, x)
         if self.sum_squares:
             self.table[-1, tile] += torch.linalg.vecdot(e, e)
         self._remember(number, tile, e, m, block_sum)
-        if not exact:
-            torch.maximum(self.largest[tile], block_sum, out=self.largest[tile])
+        if not self.exact:
             grown = torch.where(block_sum > _GROWN, block_sum, 1).log2_()
             self._move(m + grown, m, s, u, tile)
+
+    def _raise_reference(self, number: int, block: slice, tile: slice, x: torch.Tensor) -> None:
+        """Make the maximum so far the reference, and x relative to it."""
+        m, s, u = (self.table[i, tile] for i in (REFERENCE, SUM, MOMENT))
+        best = x.amax(1)
+        if self.top1:
+            better = (best > 0).nonzero()[:, 0] if number else slice(None)
+            self.table[TOP_ID, tile][better] = (x[better].argmax(1) + block.start).to(x.dtype)
+        if number == 0:
+            m.copy_(best)
+            x.sub_(best[:, None])
+        else:
+            raised = m + best.clamp_min(0)
+            x.sub_((raised - m)[:, None])
+            self._move(raised, m, s, u, tile)
 
     def _remember(self, number: int, tile: slice, e, m, block_sum) -> None:
         if self.record.log_mass is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megavg.protocols.config import ConfigError, apply_overrides, build, read_yaml, to_tree
-from megavg.protocols.options import OptimizerConfig, SamplingParams, ZeroConfig
+from megavg.protocols.options import HeadOptions, OptimizerConfig, SamplingParams, ZeroConfig
 from megavg.protocols.plugin import load_module, nearest
 
 
@@ -204,6 +204,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: list[dict] = field(default_factory=lambda: [{"name": "iou"}])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    head: HeadOptions = field(default_factory=HeadOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def tree(self) -> dict:
@@ -254,7 +255,7 @@ def parse_command_line(argv: list[str] | None = None) -> RunConfig:
         description="Train a Qwen-VL model for visual grounding.",
         epilog="Example:\n  deepspeed --num_gpus 2 megavg/train.py --config examples/demo.yaml "
                "parallel.tensor_model_parallel_size=2 algorithm.name=ecvgpo\n\n"
-               "Sections: model, parallel, data, rollout, rewards, algorithm, optimizer, evaluation, trainer.\n"
+               "Sections: model, parallel, data, rollout, rewards, algorithm, optimizer, head, evaluation, trainer.\n"
                "Every option is documented in megavg/trainer/config.py; an unknown one is an error.")
     parser.add_argument("--config", required=True, help="YAML file with the run's options")
     # what launchers pass before the user's arguments

@@ -15,7 +15,7 @@ from megavg.models.processor import Processor
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.engine import MicroBatchLoss, ZeroEngine
 from megavg.protocols.batch import EncodedPrompt, ModelInputs, TokenScores
-from megavg.protocols.options import OptimizerConfig, ZeroConfig
+from megavg.protocols.options import HeadOptions, OptimizerConfig, ZeroConfig
 from megavg.rollout.native import NativeGenerator
 from megavg.trainer.config import ModelConfig
 
@@ -29,9 +29,9 @@ class Policy:
     """
 
     def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, zero: ZeroConfig, context: ParallelContext,
-                 with_reference: bool, prompts_per_pass: int):
+                 with_reference: bool, prompts_per_pass: int, head: HeadOptions = HeadOptions()):
         self.context, self.dtype = context, DTYPES[config.dtype]
-        self.model = load_model(config.path)
+        self.model = load_model(config.path, head)
         self.processor = Processor.from_pretrained(config.path, self.model.spec.box_format, config.min_pixels,
                                                    config.max_pixels)
         self.builder = InputBuilder(self.processor.image_token_id, self.processor.pad_token_id,
@@ -81,6 +81,16 @@ class Policy:
         norm = self.engine.step(lr)
         self._copy_is_current = False
         return value, norm
+
+    def take_dropped_mass(self) -> float:
+        """Probability that the backwards since the last call left out, summed over all tokens and all ranks."""
+        head = self.engine.stage.head
+        mass = self.context.sum_over_data(head.dropped_mass.to(self.context.device).float())
+        if self.context.tp_size > 1:
+            mass = mass.clone()
+            dist.all_reduce(mass, group=self.context.tp_group)  # each rank counts its own rows of the vocabulary
+        head.dropped_mass.zero_()
+        return float(mass)
 
     def load(self, folder: Path) -> None:
         """Restore weights and optimiser state from a checkpoint's folder."""

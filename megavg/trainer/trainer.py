@@ -48,7 +48,7 @@ class Trainer:
             self.context.dp_size, config.data.shuffle_buffer, config.data.on_error, config.data.max_skipped)
         self.policy = Policy(config.model, config.optimizer, parallel.zero, self.context,
                              with_reference=getattr(config.algorithm, "kl_coefficient", 0.0) != 0.0,
-                             prompts_per_pass=config.rollout.prompts_per_pass)
+                             prompts_per_pass=config.rollout.prompts_per_pass, head=config.head)
         self.evaluator = Evaluator(
             self.policy, self.context, config.data.question, config.rollout.max_new_tokens,
             config.rollout.prompts_per_pass * 4, config.evaluation.limit, config.evaluation.pictures,
@@ -101,6 +101,9 @@ class Trainer:
         self.clock.lap("update")
         metrics = {"loss": loss, "gradient_norm": norm, "lr": self._lr(step),
                    **batch_metrics(batch, stats, entropy, reference), **self.algorithm.metrics}
+        if self.config.head.skip_mass:
+            num_scored = float(batch.all_sum(batch.mask.sum().float())) * self.settings.updates_per_batch
+            metrics["head/dropped_mass"] = self.policy.take_dropped_mass() / num_scored
         if judgement:
             metrics |= {**rollout_metrics(batch, stats, rollouts.sampling_logprobs, self.context),
                         **judgement_metrics(judgement, self.context)}

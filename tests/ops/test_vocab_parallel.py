@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
-import torch.distributed as dist
 
-from megavg.ops import vocab_parallel
-from megavg.ops.vocab_parallel import VocabShard, token_scores
-from tests.distributed import run_ranks
+from megavg.ops import Blocks, VocabShard, token_scores
+from tests.ops.vocab_examples import dense, example, gradients
 
 SHAPES = [(1, 1, 2), (7, 13, 515), (131, 5, 1), (300, 17, 97), (0, 4, 9)]  # N, D, V
 TEMPERATURES = (0.3, 1.0, 2.5)
-# rows of the head on rank 0, on rank 1, and how many of them are real tokens
-SHARDS = {"even": (5, 5, 10), "uneven": (7, 2, 9), "empty": (9, 0, 9), "first empty": (0, 9, 9),
-          "padded": (5, 5, 9), "all padding": (6, 6, 6)}
 
 
-def dense(hidden, weight, targets, vocab_size: int, temperature: float):
-    """(log-prob, entropy), each [N] float64, with all logits stored."""
-    logp = (hidden.double() @ weight.double()[:vocab_size].T / temperature).log_softmax(-1)
-    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-
-def example(num_tokens: int, dim: int, vocab_size: int, dtype=torch.float32, rows: int | None = None):
-    """hidden [N, D], weight [rows, D], targets [N], and upstream gradients of log-prob and entropy [N]."""
-    generator = torch.Generator().manual_seed(num_tokens + dim + vocab_size)
-    # logits of deviation 1 / temperature, whatever the width
-    hidden = (torch.randn(num_tokens, dim, generator=generator, dtype=torch.float64) / dim**0.5).to(dtype)
-    weight = torch.randn(rows or vocab_size, dim, generator=generator, dtype=torch.float64).to(dtype)
-    targets = torch.randint(vocab_size, (num_tokens,), generator=generator)
-    upstream = torch.randn(2, num_tokens, generator=generator, dtype=torch.float64)
-    return hidden, weight, targets, upstream
-
-
-def gradients(outputs, inputs, upstream):
-    loss = sum((output.double() * part).sum() for output, part in zip(outputs, upstream))
-    return torch.autograd.grad(loss, inputs)
-
-
-@pytest.mark.parametrize("chunk_bytes", [1, vocab_parallel._CHUNK_BYTES], ids=["chunks of 128", "one chunk"])
+@pytest.mark.parametrize("blocks", [Blocks(64, 32), Blocks(7, 1000), None], ids=["small", "rows", "default"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_dense(monkeypatch, shape, temperature, dtype, tolerance, chunk_bytes):
-    monkeypatch.setattr(vocab_parallel, "_CHUNK_BYTES", chunk_bytes)
+def test_equals_dense(shape, temperature, dtype, tolerance, blocks):
     hidden, weight, targets, upstream = example(*shape, dtype)
     inputs = hidden.requires_grad_(), weight.requires_grad_()
     copies = [t.detach().clone() for t in inputs]
-    scores = token_scores(*inputs, targets, VocabShard(0, shape[2], shape[2]), temperature)
+    scores = token_scores(*inputs, targets, VocabShard.whole(shape[2]), temperature, blocks=blocks)
     expected = dense(*inputs, targets, shape[2], temperature)
     assert scores.logprobs.dtype == scores.entropy.dtype == dtype
     for ours, theirs in zip((scores.logprobs, scores.entropy), expected):
@@ -140,58 +111,55 @@ def test_padding_rows_have_no_probability_and_no_gradient():
     assert grad[:5].any() and not grad[5:].any()
 
 
-@pytest.mark.parametrize("change, message", [
+NAN = float("nan")
+BAD_INPUT = [
     ({"hidden": torch.zeros(2, 3, 4)}, "expected hidden \\[N, D\\] and weight \\[Vs, D\\] of one width"),
     ({"weight": torch.zeros(6, 5)}, "of one width, got \\(3, 4\\) and \\(6, 5\\)"),
+    ({"weight": torch.zeros(6, 4, dtype=torch.bfloat16)}, "of one floating dtype, got torch.float32 and torch.bfloat16"),
     ({"shard": VocabShard(0, 7, 7)}, "the head has 6 rows but the shard says 0..7"),
+    ({"shard": VocabShard(0, 6, 0)}, "vocab_size must be at least 1, got 0"),
+    ({"shard": VocabShard(0, 6, 8)}, "the shards end at 6 but the vocabulary has 8 tokens"),
+    ({"shard": VocabShard(2, 8, 8)}, "the shards leave a gap: expected one to start at 0, got 2..8"),
     ({"targets": torch.zeros(2, dtype=torch.int64)}, "expected 3 targets, got shape \\(2,\\)"),
-    ({"targets": torch.tensor([0, 6, 1])}, "targets must lie in 0..5, got 0..6"),
-    ({"targets": torch.tensor([0, -100, 1])}, "targets must lie in 0..5, got -100..1"),
+    ({"targets": torch.zeros(3, dtype=torch.int32)}, "expected targets of dtype torch.int64, got torch.int32"),
+    ({"targets": torch.tensor([0, 6, 1])}, "targets must lie in 0..5 or be -100 .ignored., got 6 in row 1"),
+    ({"targets": torch.tensor([0, 1, -1])}, "targets must lie in 0..5 or be -100 .ignored., got -1 in row 2"),
+    ({"targets": torch.tensor([0, -100, 1]), "ignore_index": -1}, "or be -1 .ignored., got -100 in row 1"),
     ({"shard": VocabShard(0, 6, 5), "targets": torch.tensor([0, 5, 1])}, "targets must lie in 0..4"),
     ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-])
+    ({"temperature": NAN}, "temperature must be above 0, got nan"),
+    ({"temperature": torch.tensor([1.0, -2.0, 1.0])}, "temperature must be above 0, got -2.0"),
+    ({"temperature": torch.ones(4)}, "expected a temperature \\[3\\], got shape \\(4,\\)"),
+    ({"temperature": torch.ones(3, requires_grad=True)}, "requires a gradient, which this op does not give; detach it"),
+    ({"bias": torch.zeros(5)}, "expected a bias \\[6\\], got shape \\(5,\\)"),
+    ({"hidden": torch.tensor([[0.0] * 4, [1.0, NAN, 0, 0], [0, 0, 0, torch.inf]])},
+     "expected finite hidden states, got NaN or infinity in 2 of 3 rows, the first of which is row 1"),
+    ({"weight": torch.full((6, 4), NAN), "hidden": torch.ones(3, 4)}, "expected a finite head, got NaN or infinity"),
+    ({"bias": torch.full((6,), -torch.inf)}, "expected a finite head, got NaN or infinity"),
+    ({"weight": torch.full((6, 4), 1e30), "hidden": torch.full((3, 4), 1e30)}, "or products overflow"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_INPUT, ids=range(len(BAD_INPUT)))
 def test_bad_input(change, message):
     fields = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4), "targets": torch.zeros(3, dtype=torch.int64),
-              "shard": VocabShard(0, 6, 6), "temperature": 1.0}
+              "shard": VocabShard.whole(6), "temperature": 1.0}
     with pytest.raises(ValueError, match=message):
         token_scores(**{**fields, **change})
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks():
-    return run_ranks(2, _score_shards)
+def test_a_backend_that_cannot_run_here_is_refused():
+    from megavg.ops.vocab_backend import load_backend
+
+    with pytest.raises(ValueError, match="backend 'cuda' is not one of auto, torch, triton"):
+        load_backend("cuda", torch.device("cpu"))
+    assert load_backend("auto", torch.device("cpu")).__name__.endswith("vocab_torch")
 
 
-@pytest.mark.parametrize("shards", SHARDS)
-def test_two_ranks_equal_dense(on_two_ranks, shards):
-    first, second, vocab_size = SHARDS[shards]
-    hidden, weight, targets, upstream = example(130, 6, vocab_size, rows=first + second)
-    inputs = hidden.requires_grad_(), weight.requires_grad_()
-    expected = dense(*inputs, targets, vocab_size, 0.7)
-    grad_hidden, grad_weight = gradients(expected, inputs, upstream)
-    for rank, rows in enumerate((slice(0, first), slice(first, None))):
-        found = on_two_ranks[rank][shards]
-        torch.testing.assert_close(found["logprobs"].double(), expected[0], atol=1e-5, rtol=1e-6)
-        torch.testing.assert_close(found["entropy"].double(), expected[1], atol=1e-5, rtol=1e-6)
-        torch.testing.assert_close(found["grad_hidden"], grad_hidden, atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(found["grad_weight"], grad_weight[rows], atol=2e-5, rtol=1e-5)
+def test_options_are_checked():
+    from megavg.ops import HeadOptions
 
-
-@pytest.mark.parametrize("shards", SHARDS)
-def test_both_ranks_get_the_same_bits(on_two_ranks, shards):
-    for name in ("logprobs", "entropy", "grad_hidden"):
-        assert torch.equal(on_two_ranks[0][shards][name], on_two_ranks[1][shards][name])
-
-
-def _score_shards() -> bytes:
-    """Pickled here by value: a tensor in torch's queue lives only as long as the process that put it there."""
-    rank, found = dist.get_rank(), {}
-    for name, (first, second, vocab_size) in SHARDS.items():
-        hidden, weight, targets, upstream = example(130, 6, vocab_size, rows=first + second)
-        start, stop = ((0, first), (first, first + second))[rank]
-        inputs = hidden.requires_grad_(), weight[start:stop].clone().requires_grad_()
-        scores = token_scores(*inputs, targets, VocabShard(start, stop, vocab_size, dist.group.WORLD), 0.7)
-        grads = gradients((scores.logprobs, scores.entropy), inputs, upstream)
-        found[name] = {"logprobs": scores.logprobs.detach(), "entropy": scores.entropy.detach(),
-                       "grad_hidden": grads[0], "grad_weight": grads[1]}
-    return found
+    with pytest.raises(ValueError, match="cache_bytes=-1 must not be negative"):
+        HeadOptions(cache_bytes=-1)
+    with pytest.raises(ValueError, match="skip_mass=1.5 must be in"):
+        HeadOptions(skip_mass=1.5)

@@ -13,6 +13,7 @@ from megavg.models.layers.lm_head import LMHead
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.mcore import layer_config
 from megavg.protocols.batch import IGNORE
+from megavg.protocols.options import HeadOptions
 
 VisionFeatures = tuple[torch.Tensor, list[torch.Tensor]]
 
@@ -37,7 +38,7 @@ class QwenVLStage(nn.Module):
 
     def __init__(self, dims: DecoderDims, image_token_id: int, rotary: nn.Module,
                  make_vision_tower: Callable[[], nn.Module], vision_features: Callable[..., VisionFeatures],
-                 context: ParallelContext, dtype: torch.dtype):
+                 context: ParallelContext, dtype: torch.dtype, head_options: HeadOptions = HeadOptions()):
         super().__init__()
         self.image_token_id, self.vision_features = image_token_id, vision_features
         self.has_embedding, self.has_head = context.is_first_stage, context.is_last_stage
@@ -52,7 +53,7 @@ class QwenVLStage(nn.Module):
         if self.has_head:
             tied = self.embedding.weight if dims.tie_embeddings and self.has_embedding else None
             self.final_norm = RMSNorm(dims.hidden_size, dims.norm_eps, dtype)
-            self.head = LMHead(dims.hidden_size, dims.vocab_size, padded, context, dtype, tied)
+            self.head = LMHead(dims.hidden_size, dims.vocab_size, padded, context, dtype, head_options, tied)
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -1,0 +1,180 @@
+"""How far apart two distributions under one vocabulary-parallel head are: Jensen-Shannon divergence and entropy gap.
+
+With p = softmax(h W^T / T), q = softmax(h' W^T / T), m = (p + q) / 2 and H the entropy,
+
+    K_P = sum p log(p/m),   K_Q = sum q log(q/m),   JSD = (K_P + K_Q) / 2,   gap = H(p) - H(q),
+
+    dJSD/dz_j = p_j / 2T (log(p_j/m_j) - K_P),           dgap/dz_j = -p_j / T (log p_j + H(p)),
+
+and likewise for q. log(p/m) mixes both normalisers, so there is no one-pass form: a first sweep takes the statistics of both
+(one all-gather), a second one K_P and K_Q (one all-reduce of [2, N]), the backward makes the logits anew (one reduction).
+With d = log p - log q the larger of log(p/m), log(q/m) is -log1p(expm1(-|d|) / 2) and the smaller is that less |d|: nothing
+cancels where p is near q, nor where one of them vanishes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction
+from megavg.ops.vocab_parallel import check_finite, check_head, check_temperature, make_rows
+from megavg.ops.vocab_rows import NATS, Blocks, HeadRows, column_blocks
+from megavg.ops.vocab_shard import VocabShard, gather_tables, merge
+from megavg.ops.vocab_torch import scaled_logits, statistics
+from megavg.protocols.batch import PairScores
+
+
+def pair_divergence(
+    hidden_p: torch.Tensor,
+    hidden_q: torch.Tensor,
+    weight: torch.Tensor,
+    shard: VocabShard,
+    temperature: float | torch.Tensor = 1.0,
+    *,
+    bias: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> PairScores:
+    """Compare row by row two distributions P and Q over the vocabulary, without storing logits.
+
+    Args:
+        hidden_p, hidden_q: [N, D] each, the same on all ranks of ``shard.group``. Detach one to hold it fixed.
+        weight: [Vs, D], this rank's rows of the head, which both share.
+        shard: which rows these are.
+        temperature: > 0, a number or [N].
+        bias: [Vs].
+        blocks: size of the tiles; None takes what was the fastest.
+
+    Returns:
+        ``PairScores`` of [N] fp32 (fp64 for fp64 input), equal on all ranks; the divergence and the gap are differentiable
+        to both hidden states, weight and bias.
+
+    Raises:
+        ValueError: as ``token_scores``; hidden states of two shapes.
+    """
+    if hidden_p.shape != hidden_q.shape or hidden_p.dtype != hidden_q.dtype:
+        raise ValueError(f"expected two sets of hidden states of one shape and dtype, got {tuple(hidden_p.shape)} "
+                         f"{hidden_p.dtype} and {tuple(hidden_q.shape)} {hidden_q.dtype}")
+    check_head(hidden_p, weight, shard, bias)
+    check_temperature(temperature, hidden_p.shape[0])
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.repeat(2)
+    return PairScores(*_PairDivergence.apply(hidden_p, hidden_q, weight, bias, shard, temperature, blocks))
+
+
+class _PairDivergence(torch.autograd.Function):
+    """Both sets go through as 2N rows: P's, then Q's."""
+
+    @staticmethod
+    def forward(ctx, hidden_p, hidden_q, weight, bias, shard: VocabShard, temperature, blocks: Blocks | None):
+        n = hidden_p.shape[0]
+        whole = torch.cat([hidden_p, hidden_q])
+        rows = make_rows(whole, weight, bias, shard, temperature)
+        blocks = blocks or Blocks.default(2 * n, whole.device)
+        table, _ = statistics(rows, blocks)
+        # no targets: log p_y is that of a logit 0, and as finite as the rest
+        merged = merge(gather_tables(table, shard))
+        check_finite(merged, whole, weight, bias)
+        log_total = merged.total.double().log2().to(rows.dtype)
+        divergence = _divergences(rows, merged.reference, log_total, blocks)
+        if shard.world_size > 1:
+            dist.all_reduce(divergence, group=shard.group)
+        ctx.save_for_backward(hidden_p, hidden_q, weight, bias, merged.reference, log_total, merged.entropy,
+                              divergence.flatten())
+        ctx.shard, ctx.temperature, ctx.blocks = shard, temperature, blocks
+        entropy = merged.entropy
+        jsd = divergence.mean(0).clamp(0, math.log(2)).to(rows.dtype)
+        results = jsd, entropy[:n] - entropy[n:], entropy[:n].clone(), entropy[n:].clone()
+        ctx.mark_non_differentiable(*results[2:])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_jsd, grad_gap, *_):
+        hidden_p, hidden_q, weight, bias, reference, log_total, entropy, divergence = ctx.saved_tensors
+        n = hidden_p.shape[0]
+        wants_p, wants_q, wants_weight, wants_bias = ctx.needs_input_grad[:4]
+        active = ((grad_jsd != 0) | (grad_gap != 0)).nonzero()[:, 0]
+        both = torch.cat([active, active + n])
+        rows = make_rows(torch.cat([hidden_p, hidden_q]), weight, bias, ctx.shard, ctx.temperature)
+        inverse_temperature = rows.scale * NATS
+        # of each of the 2N rows: dz = p (half (log p/m - K) + slope (log p + H)); the gap falls with H(q)
+        half = torch.cat([grad_jsd, grad_jsd]) / 2 * inverse_temperature
+        slope = torch.cat([-grad_gap, grad_gap]) * inverse_temperature
+        scalars = [t.index_select(0, both).to(rows.dtype)
+                   for t in (reference, log_total, half, slope, slope * entropy - half * divergence)]
+        rows = rows.select(both)
+        grads = HeadGradients(2 * n, both, hidden_p if wants_p or wants_q else None, weight if wants_weight else None,
+                              bias if wants_bias else None, ctx.shard.num_valid, rows.dtype)
+        reduction = HiddenReduction(ctx.shard.group, ctx.shard.world_size, scatter=False)
+        _sweep(rows, scalars, ctx.blocks, grads, reduction)
+        grad = reduction.wait()
+        grad_p, grad_q = (None, None) if grad is None else grad.to(hidden_p.dtype).split(n)
+        return (grad_p if wants_p else None, grad_q if wants_q else None, grads.weight, grads.bias, None, None, None)
+
+
+def _log_probs(rows: HeadRows, tile: slice, weight, block: slice, reference, log_total) -> torch.Tensor:
+    """[k, c] natural log-probs of one tile; the normaliser's two parts go one by one, their sum would round."""
+    out = weight.new_empty(tile.stop - tile.start, weight.shape[0], dtype=rows.dtype)
+    bias = None if rows.bias is None else rows.bias[block]
+    scaled_logits(out, rows.operand(rows.hidden[tile]), weight, bias, rows.scale_of(tile), reference[tile])
+    return out.sub_(log_total[tile, None]).mul_(NATS)
+
+
+def _pair_tiles(num_rows: int, blocks: Blocks) -> list[tuple[slice, slice]]:
+    """Tiles of P's rows with those of Q that they are compared with; half as high, since there are two of each buffer."""
+    n = num_rows // 2
+    tiles = column_blocks(n, max(1, blocks.rows // 2))
+    return [(tile, slice(tile.start + n, tile.stop + n)) for tile in tiles]
+
+
+def _log_ratios(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log(p/m) and log(q/m) with m = (p + q) / 2; log_p is used up."""
+    d = log_p.sub_(log_q)
+    larger = torch.abs(d).neg_().expm1_().div_(2).log1p_().neg_()
+    return larger - d.neg().clamp_min_(0), larger.sub_(d.clamp_min_(0))
+
+
+def _divergences(rows: HeadRows, reference, log_total, blocks: Blocks) -> torch.Tensor:
+    """[2, N] fp64: this rank's part of K_P and K_Q."""
+    num_rows = rows.hidden.shape[0]
+    sums = torch.zeros(num_rows, dtype=torch.float64, device=rows.hidden.device)
+    for block in column_blocks(rows.weight.shape[0], blocks.columns):
+        weight = rows.operand(rows.weight[block])
+        for tiles in _pair_tiles(num_rows, blocks):
+            log_p, log_q = (_log_probs(rows, tile, weight, block, reference, log_total) for tile in tiles)
+            probs = log_p.exp(), log_q.exp()
+            for tile, prob, ratio in zip(tiles, probs, _log_ratios(log_p, log_q)):
+                sums[tile] += torch.linalg.vecdot(prob, ratio)
+    return sums.view(2, -1)
+
+
+def _sweep(rows: HeadRows, scalars: list[torch.Tensor], blocks: Blocks, grads: HeadGradients,
+           reduction: HiddenReduction) -> None:
+    """All blocks of this rank's columns; the rows of dz are P's, then Q's, so that one product serves both."""
+    reference, log_total, half, slope, constant = scalars
+    num_rows, num_columns = rows.hidden.shape[0], rows.weight.shape[0]
+    hidden = rows.operand(rows.hidden)
+    slices = column_blocks(num_columns, blocks.columns) if num_rows else []
+    if not slices:
+        if grads.weight is not None:
+            grads.weight.zero_()
+        reduction.start(grads.whole_hidden())
+        return
+    flat = hidden.new_empty(num_rows * min(blocks.columns, num_columns))
+    for block in slices:
+        weight = rows.operand(rows.weight[block])
+        dz = flat[:num_rows * weight.shape[0]].view(num_rows, -1)
+        for tiles in _pair_tiles(num_rows, blocks):
+            logs = [_log_probs(rows, tile, weight, block, reference, log_total) for tile in tiles]
+            ratios = _log_ratios(logs[0].clone(), logs[1])
+            for tile, log_prob, ratio in zip(tiles, logs, ratios):
+                factor = ratio.mul_(half[tile, None]).add_(constant[tile, None]).add_(log_prob * slope[tile, None])
+                dz[tile] = factor.mul_(log_prob.exp_())
+        grads.add_to_hidden(dz, weight, None)
+        if block is slices[-1]:
+            reduction.start(grads.whole_hidden())
+        grads.write_weight(block, dz, hidden)
