@@ -1,7 +1,10 @@
-"""Measure the vocabulary op against every other way to get log-probs and entropies: time, memory, collectives, accuracy.
+"""Measure the vocabulary op against every other way to get log-probs and entropies: time, memory, collectives,
+accuracy.
 
-All methods take turns in one process; each figure is the minimum over the turns. Memory is measured in a process of its own
-per method: the peak above the inputs, and what of it is beyond the gradients. Prints a table and ratios; --json writes all.
+All methods take turns in one process; each figure is the minimum over the turns. Memory is measured in a process of
+its own
+per method: the peak above the inputs, and what of it is beyond the gradients. Prints a table and ratios; --json writes
+all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The ways to compute log-probs and entropies of a head that bench_vocab_head.py compares, each in this project's words.
+"""The ways to compute log-probs and entropies of a head that bench_vocab_head.py compares, each in this project's
+words.
 
-A method is ``method(problem) -> Run`` with two functions: ``forward()`` returns (log-probs, entropies or None) without a
-gradient; ``both()`` returns (log-probs, entropies or None, dL/dhidden, dL/dweight) for the upstream gradients of the problem.
+A method is ``method(problem) -> Run`` with two functions: ``forward()`` returns (log-probs, entropies or None) without
+a gradient; ``both()`` returns (log-probs, entropies or None, dL/dhidden, dL/dweight) for the upstream gradients of the
+problem.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ class Run:
     both: Callable
 
 
-def make_problem(num_tokens: int, width: int, vocab_size: int, dtype: torch.dtype, device: str, peaked: bool) -> Problem:
+def make_problem(num_tokens: int, width: int, vocab_size: int, dtype: torch.dtype, device: str,
+                 peaked: bool) -> Problem:
     """Random rows of logits of deviation 2.2.
 
-    ``peaked``: of deviation 5 with the target 15 to 45 nats above, as after training: most rows are certain (median entropy
-    below 0.1 nats), some are not (mean near 1).
+    ``peaked``: of deviation 5 with the target 15 to 45 nats above, as after training: most rows are certain (median
+    entropy below 0.1 nats), some are not (mean near 1).
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, width, generator=generator)
@@ -156,7 +159,7 @@ def token_chunks(problem: Problem, height: int = 512) -> Run:
 
 
 def gradient_in_forward(problem: Problem, height: int = 256) -> Run:
-    """Chunks of 256 tokens whose gradient is made in the forward (Liger's scheme): three products, one upstream scale."""
+    """Chunks of 256 tokens whose gradient is made in the forward (Liger's scheme): three products."""
     return Run(_forward_in_chunks(problem, height), lambda: _backward_in_chunks(problem, height, None))
 
 

@@ -1,7 +1,10 @@
-"""Pure tensor functions. The vocabulary ops are useful on their own: ``from megavg.ops import token_scores, VocabShard``.
+"""Pure tensor functions. The vocabulary ops are useful on their own: ``from megavg.ops import token_scores,
+VocabShard``.
 
 They need nothing but torch, which is imported when the first of them is asked for.
 """
+
+from __future__ import annotations
 
 _HOMES = {"token_scores": "vocab_parallel", "VocabShard": "vocab_shard", "pair_divergence": "vocab_pair",
           "Blocks": "vocab_rows"}

@@ -11,8 +11,8 @@ import torch
 def load_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """The module of a backend: ``statistics``, ``gradient_room``, ``fill_gradient`` and ``fill_gradient_from_cache``.
 
-    ``auto`` takes Triton for CUDA tensors below float64 where it is installed, torch otherwise. ``triton`` on a CPU needs
-    Triton's interpreter (TRITON_INTERPRET=1 set before Triton is imported), which is for tests.
+    ``auto`` takes Triton for CUDA tensors below float64 where it is installed, torch otherwise. ``triton`` on a CPU
+    needs Triton's interpreter (TRITON_INTERPRET=1 set before Triton is imported), which is for tests.
     """
     if name == "auto":
         fits = device.type == "cuda" and dtype != torch.float64

@@ -1,7 +1,8 @@
 """The backward of a vocabulary-parallel head: blocks of columns, all rows that have a gradient, one reduction.
 
 A block's gradient with respect to its logits, dz [n, c], lives only while its two products are taken: dW's rows are
-written once, dH is summed up in fp32. dH's reduction over the ranks starts before the last block's dW product, which hides it.
+written once, dH is summed up in fp32. dH's reduction over the ranks starts before the last block's dW product, which
+hides it.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ With p = softmax(h W^T / T), q = softmax(h' W^T / T), m = (p + q) / 2 and H the 
 
     dJSD/dz_j = p_j / 2T (log(p_j/m_j) - K_P),           dgap/dz_j = -p_j / T (log p_j + H(p)),
 
-and likewise for q. log(p/m) mixes both normalisers, so there is no one-pass form: a first sweep takes the statistics of both
-(one all-gather), a second one K_P and K_Q (one all-reduce of [2, N]), the backward makes the logits anew (one reduction).
-With d = log p - log q the larger of log(p/m), log(q/m) is -log1p(expm1(-|d|) / 2) and the smaller is that less |d|: nothing
-cancels where p is near q, nor where one of them vanishes.
+and likewise for q. log(p/m) mixes both normalisers, so there is no one-pass form: a first sweep takes the statistics
+of both (one all-gather), a second one K_P and K_Q (one all-reduce of [2, N]), the backward makes the logits anew (one
+reduction). With d = log p - log q the larger of log(p/m), log(q/m) is -log1p(expm1(-|d|) / 2) and the smaller is that
+less |d|: nothing cancels where p is near q, nor where one of them vanishes.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def pair_divergence(
         blocks: size of the tiles; None takes what was the fastest.
 
     Returns:
-        ``PairScores`` of [N] fp32 (fp64 for fp64 input), equal on all ranks; the divergence and the gap are differentiable
-        to both hidden states, weight and bias.
+        ``PairScores`` of [N] fp32 (fp64 for fp64 input), equal on all ranks; the divergence and the gap are
+        differentiable to both hidden states, weight and bias.
 
     Raises:
         ValueError: as ``token_scores``; hidden states of two shapes.
@@ -125,7 +125,7 @@ def _log_probs(rows: HeadRows, tile: slice, weight, block: slice, reference, log
 
 
 def _pair_tiles(num_rows: int, blocks: Blocks) -> list[tuple[slice, slice]]:
-    """Tiles of P's rows with those of Q that they are compared with; half as high, since there are two of each buffer."""
+    """Tiles of P's rows with those of Q they are compared with; half as high, since there are two of each buffer."""
     n = num_rows // 2
     tiles = column_blocks(n, max(1, blocks.rows // 2))
     return [(tile, slice(tile.start + n, tile.stop + n)) for tile in tiles]
@@ -142,14 +142,14 @@ def _divergences(rows: HeadRows, reference, log_total, blocks: Blocks) -> torch.
     """[2, N] fp64: this rank's part of K_P and K_Q."""
     num_rows = rows.hidden.shape[0]
     sums = torch.zeros(num_rows, dtype=torch.float64, device=rows.hidden.device)
-    for block in column_blocks(rows.weight.shape[0], blocks.columns):
+    for block in column_blocks(rows.weight.shape[0], blocks.columns) if num_rows else []:
         weight = rows.operand(rows.weight[block])
         for tiles in _pair_tiles(num_rows, blocks):
             log_p, log_q = (_log_probs(rows, tile, weight, block, reference, log_total) for tile in tiles)
             probs = log_p.exp(), log_q.exp()
             for tile, prob, ratio in zip(tiles, probs, _log_ratios(log_p, log_q)):
                 sums[tile] += torch.linalg.vecdot(prob, ratio)
-    return sums.view(2, -1)
+    return sums.view(2, num_rows // 2)
 
 
 def _sweep(rows: HeadRows, scalars: list[torch.Tensor], blocks: Blocks, grads: HeadGradients,

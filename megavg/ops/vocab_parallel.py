@@ -1,8 +1,8 @@
 """Log-prob and entropy of tokens under a head whose vocabulary rows are split over ranks, without storing logits.
 
-With z = (h W^T + bias) / T and p = softmax(z): l = log p_y and H = -sum p log p. The forward walks through tiles of logits
-and keeps four numbers a row (``vocab_shard``), which one all-gather merges over the ranks. The backward makes the tiles
-anew. With upstream a = dL/dl and b = dL/dH,
+With z = (h W^T + bias) / T and p = softmax(z): l = log p_y and H = -sum p log p. The forward walks through tiles of
+logits and keeps four numbers a row (``vocab_shard``), which one all-gather merges over the ranks. The backward makes
+the tiles anew. With upstream a = dL/dl and b = dL/dH,
 
     dL/dz_j = (1/T) { a [j = y] - p_j ( a + b H + b log p_j ) },
 
@@ -60,12 +60,12 @@ def token_scores(
         blocks: size of the tiles; None takes what was the fastest.
 
     Returns:
-        ``TokenScores`` of [N] fp32 (fp64 for fp64 input), with the same bits on all ranks and in every run. Log-probs and
-        entropies are differentiable to hidden, weight and bias; rows without an upstream gradient cost nothing.
+        ``TokenScores`` of [N] fp32 (fp64 for fp64 input), with the same bits on all ranks and in every run. Log-probs
+        and entropies are differentiable to hidden, weight and bias; rows without an upstream gradient cost nothing.
 
     Raises:
-        ValueError: shapes that do not fit, a target outside the vocabulary, a temperature that is not above 0, input that is
-            not finite, shards of the group that overlap or leave a gap.
+        ValueError: shapes that do not fit, a target outside the vocabulary, a temperature that is not above 0, input
+            that is not finite, shards of the group that overlap or leave a gap.
     """
     shape_rows = hidden.shape[0] * (shard.world_size if sequence_parallel else 1) if hidden.dim() else 0
     check_head(hidden, weight, shard, bias)
@@ -152,8 +152,8 @@ def check_finite(merged: Merged, hidden: torch.Tensor, weight: torch.Tensor, bia
         return
     rows = (~torch.isfinite(hidden).all(1)).nonzero()[:, 0].tolist()
     if rows:
-        raise ValueError(f"expected finite hidden states, got NaN or infinity in {len(rows)} of {hidden.shape[0]} rows, "
-                         f"the first of which is row {rows[0]}")
+        raise ValueError(f"expected finite hidden states, got NaN or infinity in {len(rows)} of {hidden.shape[0]} "
+                         f"rows, the first of which is row {rows[0]}")
     if not bool(torch.isfinite(weight).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
         raise ValueError("expected a finite head, got NaN or infinity in this rank's weight or bias")
     raise ValueError("the softmax is not finite though this rank's hidden states and weight are: another rank's head "

@@ -4,10 +4,10 @@ A set B of columns of a row of logits is summed up by four numbers, all in bits 
 
     m = a reference near max x,   s = sum 2^(x-m),   u = sum 2^(x-m) (x-m),   x_y if the target is in B else 0,
 
-of which those of two sets merge into those of their union. Being relative to m, nothing cancels however large the logits
-are. One all-gather brings the ranks' numbers together and every rank merges them in rank order, so that all get the same
-bits, whatever the shards' sizes. One more column of the same all-gather carries the shards themselves: a group whose shards
-overlap or leave a gap is refused at no further collective.
+of which those of two sets merge into those of their union. Being relative to m, nothing cancels however large the
+logits are. One all-gather brings the ranks' numbers together and every rank merges them in rank order, so that all get
+the same bits, whatever the shards' sizes. One more column of the same all-gather carries the shards themselves: a
+group whose shards overlap or leave a gap is refused at no further collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 REFERENCE, SUM, MOMENT, TARGET, TOP_ID = range(5)
-"""Rows of a table of statistics. TOP_ID is there where it was asked for, and sum 2^(2 (x-m)) is the last row if it was."""
+"""Rows of a table of statistics; TOP_ID, and sum 2^(2 (x-m)) as the last row, are there where they were asked for."""
 
 _FINGERPRINT = 2**20  # integers below 2^24 survive fp32
 

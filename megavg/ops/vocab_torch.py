@@ -1,8 +1,8 @@
 """The torch backend of the vocabulary ops: statistics and gradients of one block of logits, on any device.
 
-Logits are made in tiles of rows x columns that fit the cache, in two buffers that are used again and again. They are made
-in bits, x = (h w + b) scale with scale = log2 e / T, since exp2 is cheaper than exp, and relative to a reference m, which
-the matrix product subtracts by itself.
+Logits are made in tiles of rows x columns that fit the cache, in two buffers that are used again and again. They are
+made in bits, x = (h w + b) scale with scale = log2 e / T, since exp2 is cheaper than exp, and relative to a reference
+m of each row.
 """
 
 from __future__ import annotations
@@ -27,24 +27,23 @@ def project(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> t
 
 def scaled_logits(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
                   scale: float | torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
-    """out [n, c] = (hidden weight^T + bias) scale - reference, with reference [n] or None."""
+    """out [n, c] = (hidden weight^T + bias) scale - reference, with reference [n] or None.
+
+    The reference is subtracted from the rounded product, so that forward and backward, which may differ in it, see the
+    very same logits: the probabilities of a row then sum to one and its gradient to zero.
+    """
     if hidden.dtype == out.dtype:
         alpha = scale
         if isinstance(scale, torch.Tensor):
             hidden, alpha = hidden * scale[:, None], 1.0
-        if reference is None:
-            torch.addmm(out, hidden, weight.t(), beta=0, alpha=alpha, out=out)
-        else:
-            torch.addmm(reference[:, None], hidden, weight.t(), beta=-1, alpha=alpha, out=out)
+        torch.addmm(out, hidden, weight.t(), beta=0, alpha=alpha, out=out)
     else:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
         out.mul_(scale[:, None] if isinstance(scale, torch.Tensor) else scale)
-        if reference is not None:
-            out.sub_(reference[:, None])
     if bias is not None:
         bias = bias.to(out.dtype)
         out.addr_(scale, bias) if isinstance(scale, torch.Tensor) else out.add_(bias, alpha=scale)
-    return out
+    return out if reference is None else out.sub_(reference[:, None])
 
 
 def statistics(rows: HeadRows, blocks: Blocks, top1: bool = False, sum_squares: bool = False, want_mass: bool = False,
@@ -75,9 +74,9 @@ def statistics(rows: HeadRows, blocks: Blocks, top1: bool = False, sum_squares: 
 class _Sweep:
     """One pass over blocks of columns and tiles of rows that fills a table of statistics.
 
-    The reference m of a row follows its sums: a matrix product that subtracts it needs no pass for a maximum. Where a block
-    turns out to lie far above it, that tile is worked out again from its maximum. With ``top1``, and on a GPU, where looking
-    would wait, m is always the exact maximum.
+    The reference m of a row follows its sums, so that no pass for a maximum is needed before it is subtracted. Where a
+    block turns out to lie far above it, that tile is worked out again from its maximum. With ``top1``, and on a GPU,
+    where looking would wait, m is always the exact maximum.
     """
 
     def __init__(self, rows: HeadRows, table: torch.Tensor, record: BlockRecord, top1: bool, sum_squares: bool,

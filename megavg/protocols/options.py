@@ -67,7 +67,8 @@ class HeadOptions:
     Attributes:
         backend: auto takes Triton on CUDA where it is installed, torch otherwise.
         cache_bytes: room for exp(logits) of the forward in bf16, 2 bytes a token and column of this rank's vocabulary;
-            what is cached needs no second matrix product in the backward and has gradients rounded like bf16. 0 keeps none.
+            what is cached needs no second matrix product in the backward and has gradients rounded like bf16. 0 keeps
+            none.
         skip_mass: in the backward, leave out a token's blocks of columns that hold less probability than this; 0 leaves
             out none, 1e-5 is a good start. The probability left out is reported.
     """

@@ -1,4 +1,4 @@
-"""What the vocabulary op takes and gives beyond the plain call: masks, bias, temperatures, top-1, cache, skipped mass."""
+"""What the op takes and gives beyond the plain call: masks, bias, temperatures, top-1, cache, skipped mass."""
 
 from __future__ import annotations
 

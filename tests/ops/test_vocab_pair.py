@@ -21,7 +21,7 @@ def pair(num_tokens, dim, vocab_size, dtype=torch.float32, scale=1.0, distance=0
 
 
 def differences(hidden_p, hidden_q, weight, upstream, **keywords):
-    """(largest errors of divergence and gap, relative errors of the gradients to P's and Q's hidden states and the head)."""
+    """(largest errors of divergence and gap, relative errors of the gradients to P's, Q's hidden states, the head)."""
     inputs = [t.detach().requires_grad_() for t in (hidden_p, hidden_q, weight)]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     scores = pair_divergence(*inputs, VocabShard.whole(len(weight)), **keywords)

@@ -115,7 +115,7 @@ NAN = float("nan")
 BAD_INPUT = [
     ({"hidden": torch.zeros(2, 3, 4)}, "expected hidden \\[N, D\\] and weight \\[Vs, D\\] of one width"),
     ({"weight": torch.zeros(6, 5)}, "of one width, got \\(3, 4\\) and \\(6, 5\\)"),
-    ({"weight": torch.zeros(6, 4, dtype=torch.bfloat16)}, "of one floating dtype, got torch.float32 and torch.bfloat16"),
+    ({"weight": torch.zeros(6, 4).bfloat16()}, "of one floating dtype, got torch.float32 and torch.bfloat16"),
     ({"shard": VocabShard(0, 7, 7)}, "the head has 6 rows but the shard says 0..7"),
     ({"shard": VocabShard(0, 6, 0)}, "vocab_size must be at least 1, got 0"),
     ({"shard": VocabShard(0, 6, 8)}, "the shards end at 6 but the vocabulary has 8 tokens"),

@@ -1,4 +1,4 @@
-"""The vocabulary ops over 2 and 4 ranks: equal to one process and to float64, whatever the shards; collectives counted."""
+"""The vocabulary ops over 2 and 4 ranks equal one process and float64, whatever the shards; collectives counted."""
 
 from __future__ import annotations
 
@@ -129,8 +129,7 @@ def test_one_gather_and_one_reduction_whatever_the_number_of_tokens(found):
             assert counts["pair"] == (["all_gather_into_tensor", "all_reduce"], ["all_reduce"])
 
 
-def test_no_shard_of_the_head_is_too_small_to_name(found):
-    """Errors that only all ranks together can see are the same on every rank."""
+def test_errors_that_only_the_whole_group_can_see_are_the_same_on_every_rank(found):
     for ranks in found.values():
         for errors in zip(*(rank["errors"].items() for rank in ranks)):
             assert len({message for _, message in errors}) == 1
@@ -233,7 +232,7 @@ def _errors() -> dict[str, str]:
 
     calls = {"overlap": (hidden, targets, shard(-1)), "gap": (hidden, targets, shard(1)),
              "sizes": (hidden, targets, shard(vocab_size=size - rank % 2)),
-             "targets": (hidden, targets.roll(1) if rank == 1 else targets, shard()), "hidden": (broken, targets, shard())}
+             "targets": (hidden, targets.roll(rank), shard()), "hidden": (broken, targets, shard())}
     messages = {}
     for name, (states, ids, its_shard) in calls.items():
         try:

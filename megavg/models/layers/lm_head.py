@@ -16,8 +16,9 @@ from megavg.protocols.options import HeadOptions
 class LMHead(nn.Module):
     """Scores target tokens and, for sampling, gives the logits of single positions.
 
-    ``tied`` is the embedding's parameter where the model ties them; it is shared, not copied. ``dropped_mass`` sums up the
-    probability that backwards leave out where ``options.skip_mass`` lets them, over this rank's rows of the vocabulary.
+    ``tied`` is the embedding's parameter where the model ties them; it is shared, not copied. ``dropped_mass`` sums up
+    the probability that backwards leave out where ``options.skip_mass`` lets them, over this rank's rows of the
+    vocabulary.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, padded_vocab_size: int, context: ParallelContext,
