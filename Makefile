@@ -1,5 +1,5 @@
 # make setup   the environment, in .venv
-# make test    the whole test suite
+# make test    the whole test suite; installs what only tests need
 # make demo    warm-up and reinforcement learning on 2 ranks, with figures and a picture in runs/demo
 # make clean   remove what these made
 #
@@ -13,6 +13,7 @@ TEST_ARGS ?=
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_ARGS)
 # DeepSpeed compiles a small extension at its first use; it is kept inside the environment
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
@@ -20,17 +21,20 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: requirements.txt requirements-test.txt constraints.txt tools/warm_up.py
+$(VENV)/.ready: requirements.txt constraints.txt tools/warm_up.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "megavg needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
 	@command -v g++ >/dev/null || { echo "megavg needs a C++ compiler (g++), which DeepSpeed compiles with"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt $(PIP_ARGS) \
-	    -r requirements-test.txt
+	$(INSTALL) -r requirements.txt
 	$(BIN)/python tools/warm_up.py
 	@touch $@
 
-test: setup
+$(VENV)/.ready-to-test: $(VENV)/.ready requirements-test.txt
+	$(INSTALL) -r requirements-test.txt
+	@touch $@
+
+test: $(VENV)/.ready-to-test
 	$(BIN)/python -m pytest --durations=10 $(TEST_ARGS)
 
 demo: setup

@@ -1,10 +1,8 @@
-"""Measure the vocabulary op against every other way to get log-probs and entropies: time, memory, collectives,
-accuracy.
+"""Measure the vocabulary op against other ways to get log-probs and entropies: time, memory, collectives.
 
 All methods take turns in one process; each figure is the minimum over the turns. Memory is measured in a process of
-its own
-per method: the peak above the inputs, and what of it is beyond the gradients. Prints a table and ratios; --json writes
-all.
+its own per method: the peak above the inputs, and what of it is beyond the gradients. Prints a table and ratios;
+--json writes all figures.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 if not __package__:
@@ -158,19 +157,17 @@ def count_collectives() -> dict[str, list[str]]:
     import torch.multiprocessing as mp
 
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_collectives_of_a_rank, args=(queue,), nprocs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_collectives_of_a_rank, args=(queue, os.path.join(folder, "store")), nprocs=2)
     return queue.get()
 
 
-def _collectives_of_a_rank(rank: int, queue) -> None:
-    import tempfile
-
+def _collectives_of_a_rank(rank: int, queue, store: str) -> None:
     import torch
     import torch.distributed as dist
 
     from megavg.ops import VocabShard, token_scores
 
-    store = os.path.join(tempfile.gettempdir(), f"megavg-bench-{os.getppid()}")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     called: list[str] = []
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction
-from megavg.ops.vocab_parallel import check_finite, check_head, check_temperature, make_rows
+from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction, sweep
+from megavg.ops.vocab_parallel import check_finite, check_head, make_rows, make_scale, without_autocast
 from megavg.ops.vocab_rows import NATS, Blocks, HeadRows, column_blocks
 from megavg.ops.vocab_shard import VocabShard, gather_tables, merge
 from megavg.ops.vocab_torch import scaled_logits, statistics
@@ -39,6 +39,8 @@ def pair_divergence(
     blocks: Blocks | None = None,
 ) -> PairScores:
     """Compare row by row two distributions P and Q over the vocabulary, without storing logits.
+
+    It runs on any device, by the torch backend; rows without an upstream gradient cost nothing in the backward.
 
     Args:
         hidden_p, hidden_q: [N, D] each, the same on all ranks of ``shard.group``. Detach one to hold it fixed.
@@ -59,20 +61,21 @@ def pair_divergence(
         raise ValueError(f"expected two sets of hidden states of one shape and dtype, got {tuple(hidden_p.shape)} "
                          f"{hidden_p.dtype} and {tuple(hidden_q.shape)} {hidden_q.dtype}")
     check_head(hidden_p, weight, shard, bias)
-    check_temperature(temperature, hidden_p.shape[0])
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.repeat(2)
-    return PairScores(*_PairDivergence.apply(hidden_p, hidden_q, weight, bias, shard, temperature, blocks))
+    scale = make_scale(temperature, hidden_p.shape[0], hidden_p)
+    if isinstance(scale, torch.Tensor):
+        scale = scale.repeat(2)
+    return PairScores(*_PairDivergence.apply(hidden_p, hidden_q, weight, bias, shard, scale, blocks))
 
 
 class _PairDivergence(torch.autograd.Function):
     """Both sets go through as 2N rows: P's, then Q's."""
 
     @staticmethod
-    def forward(ctx, hidden_p, hidden_q, weight, bias, shard: VocabShard, temperature, blocks: Blocks | None):
+    @without_autocast
+    def forward(ctx, hidden_p, hidden_q, weight, bias, shard: VocabShard, scale, blocks: Blocks | None):
         n = hidden_p.shape[0]
         whole = torch.cat([hidden_p, hidden_q])
-        rows = make_rows(whole, weight, bias, shard, temperature)
+        rows = make_rows(whole, weight, bias, shard, scale)
         blocks = blocks or Blocks.default(2 * n, whole.device)
         table, _ = statistics(rows, blocks)
         # no targets: log p_y is that of a logit 0, and as finite as the rest
@@ -84,7 +87,7 @@ class _PairDivergence(torch.autograd.Function):
             dist.all_reduce(divergence, group=shard.group)
         ctx.save_for_backward(hidden_p, hidden_q, weight, bias, merged.reference, log_total, merged.entropy,
                               divergence.flatten())
-        ctx.shard, ctx.temperature, ctx.blocks = shard, temperature, blocks
+        ctx.shard, ctx.scale, ctx.blocks = shard, scale, blocks
         entropy = merged.entropy
         jsd = divergence.mean(0).clamp(0, math.log(2)).to(rows.dtype)
         results = jsd, entropy[:n] - entropy[n:], entropy[:n].clone(), entropy[n:].clone()
@@ -93,27 +96,30 @@ class _PairDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad_jsd, grad_gap, *_):
         hidden_p, hidden_q, weight, bias, reference, log_total, entropy, divergence = ctx.saved_tensors
         n = hidden_p.shape[0]
         wants_p, wants_q, wants_weight, wants_bias = ctx.needs_input_grad[:4]
         active = ((grad_jsd != 0) | (grad_gap != 0)).nonzero()[:, 0]
         both = torch.cat([active, active + n])
-        rows = make_rows(torch.cat([hidden_p, hidden_q]), weight, bias, ctx.shard, ctx.temperature)
-        inverse_temperature = rows.scale * NATS
+        scale = ctx.scale
+        inverse_temperature = scale * NATS
         # of each of the 2N rows: dz = p (half (log p/m - K) + slope (log p + H)); the gap falls with H(q)
         half = torch.cat([grad_jsd, grad_jsd]) / 2 * inverse_temperature
         slope = torch.cat([-grad_gap, grad_gap]) * inverse_temperature
-        scalars = [t.index_select(0, both).to(rows.dtype)
+        scalars = [t.index_select(0, both).to(reference.dtype)
                    for t in (reference, log_total, half, slope, slope * entropy - half * divergence)]
-        rows = rows.select(both)
+        scale = scale[both] if isinstance(scale, torch.Tensor) else scale
+        rows = make_rows(torch.cat([hidden_p[active], hidden_q[active]]), weight, bias, ctx.shard, scale)
         grads = HeadGradients(2 * n, both, hidden_p if wants_p or wants_q else None, weight if wants_weight else None,
                               bias if wants_bias else None, ctx.shard.num_valid, rows.dtype)
         reduction = HiddenReduction(ctx.shard.group, ctx.shard.world_size, scatter=False)
-        _sweep(rows, scalars, ctx.blocks, grads, reduction)
+        sweep(rows, ctx.blocks, grads, reduction, _PairGradient(rows, scalars, ctx.blocks).fill)
         grad = reduction.wait()
-        grad_p, grad_q = (None, None) if grad is None else grad.to(hidden_p.dtype).split(n)
-        return (grad_p if wants_p else None, grad_q if wants_q else None, grads.weight, grads.bias, None, None, None)
+        grad_p = grad[:n].to(hidden_p.dtype) if wants_p else None
+        grad_q = grad[n:].to(hidden_q.dtype) if wants_q else None
+        return grad_p, grad_q, grads.weight, grads.bias, None, None, None
 
 
 def _log_probs(rows: HeadRows, tile: slice, weight, block: slice, reference, log_total) -> torch.Tensor:
@@ -148,33 +154,29 @@ def _divergences(rows: HeadRows, reference, log_total, blocks: Blocks) -> torch.
             log_p, log_q = (_log_probs(rows, tile, weight, block, reference, log_total) for tile in tiles)
             probs = log_p.exp(), log_q.exp()
             for tile, prob, ratio in zip(tiles, probs, _log_ratios(log_p, log_q)):
-                sums[tile] += torch.linalg.vecdot(prob, ratio)
+                sums[tile] += prob.mul_(ratio).sum(1)
     return sums.view(2, num_rows // 2)
 
 
-def _sweep(rows: HeadRows, scalars: list[torch.Tensor], blocks: Blocks, grads: HeadGradients,
-           reduction: HiddenReduction) -> None:
-    """All blocks of this rank's columns; the rows of dz are P's, then Q's, so that one product serves both."""
-    reference, log_total, half, slope, constant = scalars
-    num_rows, num_columns = rows.hidden.shape[0], rows.weight.shape[0]
-    hidden = rows.operand(rows.hidden)
-    slices = column_blocks(num_columns, blocks.columns) if num_rows else []
-    if not slices:
-        if grads.weight is not None:
-            grads.weight.zero_()
-        reduction.start(grads.whole_hidden())
-        return
-    flat = hidden.new_empty(num_rows * min(blocks.columns, num_columns))
-    for block in slices:
-        weight = rows.operand(rows.weight[block])
-        dz = flat[:num_rows * weight.shape[0]].view(num_rows, -1)
-        for tiles in _pair_tiles(num_rows, blocks):
-            logs = [_log_probs(rows, tile, weight, block, reference, log_total) for tile in tiles]
+class _PairGradient:
+    """dz of the divergence and the gap, block by block; P's rows, then Q's, so that one product serves both.
+
+    ``scalars``: reference, log2 s, and half, slope and constant of dz = p (half log(p/m) + slope log p + constant).
+    """
+
+    def __init__(self, rows: HeadRows, scalars: list[torch.Tensor], blocks: Blocks):
+        self.rows, self.scalars, self.blocks = rows, scalars, blocks
+        self.hidden = rows.operand(rows.hidden)
+
+    def fill(self, number: int, block: slice, weight: torch.Tensor, room: torch.Tensor):
+        """See ``vocab_gradient.sweep``."""
+        reference, log_total, half, slope, constant = self.scalars
+        num_rows = self.hidden.shape[0]
+        dz = room[:num_rows * weight.shape[0]].view(num_rows, -1)
+        for tiles in _pair_tiles(num_rows, self.blocks):
+            logs = [_log_probs(self.rows, tile, weight, block, reference, log_total) for tile in tiles]
             ratios = _log_ratios(logs[0].clone(), logs[1])
             for tile, log_prob, ratio in zip(tiles, logs, ratios):
                 factor = ratio.mul_(half[tile, None]).add_(constant[tile, None]).add_(log_prob * slope[tile, None])
                 dz[tile] = factor.mul_(log_prob.exp_())
-        grads.add_to_hidden(dz, weight, None)
-        if block is slices[-1]:
-            reduction.start(grads.whole_hidden())
-        grads.write_weight(block, dz, hidden)
+        return dz, None, self.hidden

@@ -12,6 +12,7 @@ docs/vocab_op.md has the memory law, the measured figures and examples.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,8 +22,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megavg.ops.vocab_backend import load_backend
-from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction, sweep
-from megavg.ops.vocab_rows import NATS, BlockRecord, Blocks, HeadRows, LogitGradient
+from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction, ScoreGradient, sweep
+from megavg.ops.vocab_rows import NATS, BlockRecord, Blocks, HeadRows, LogitGradient, compute_dtype
 from megavg.ops.vocab_shard import TOP_ID, Merged, VocabShard, gather_tables, merge
 from megavg.protocols.batch import IGNORE, TokenScores
 from megavg.protocols.options import HeadOptions
@@ -69,9 +70,9 @@ def token_scores(
     """
     shape_rows = hidden.shape[0] * (shard.world_size if sequence_parallel else 1) if hidden.dim() else 0
     check_head(hidden, weight, shard, bias)
-    check_temperature(temperature, shape_rows)
-    _check_targets(targets, shape_rows, shard, ignore_index)
-    call = _Call(shard, temperature, ignore_index, top1, sum_squares, sequence_parallel, options, blocks,
+    _check_targets(targets, shape_rows, shard, ignore_index, sequence_parallel)
+    scale = make_scale(temperature, shape_rows, hidden)
+    call = _Call(shard, scale, ignore_index, top1, sum_squares, sequence_parallel, options, blocks,
                  torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)))
     outputs = _TokenScores.apply(hidden, weight, bias, targets, call)
     return TokenScores(*outputs)
@@ -82,7 +83,7 @@ class _Call:
     """The options of one call."""
 
     shard: VocabShard
-    temperature: float | torch.Tensor
+    scale: float | torch.Tensor
     ignore_index: int
     top1: bool
     sum_squares: bool
@@ -98,32 +99,44 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, shard: VocabShard, bi
         raise ValueError(f"expected hidden [N, D] and weight [Vs, D] of one width, got {tuple(hidden.shape)} and "
                          f"{tuple(weight.shape)}")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(f"expected hidden and weight of one floating dtype, got {hidden.dtype} and {weight.dtype}")
+        raise ValueError(f"expected hidden and weight of one floating dtype, got {hidden.dtype} and {weight.dtype}; "
+                         "cast one of them, such as hidden.to(weight.dtype)")
+    if not 0 <= shard.start <= shard.stop:
+        raise ValueError(f"a shard is 0 <= start <= stop, got {shard.start}..{shard.stop}")
     if weight.shape[0] != shard.stop - shard.start:
         raise ValueError(f"the head has {weight.shape[0]} rows but the shard says {shard.start}..{shard.stop}")
     if shard.vocab_size < 1:
         raise ValueError(f"vocab_size must be at least 1, got {shard.vocab_size}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected a bias [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"expected a bias of a floating dtype, got {bias.dtype}")
 
 
-def check_temperature(temperature: float | torch.Tensor, num_rows: int) -> None:
-    """Refuse a temperature that is not above 0, or not one number or one a row."""
-    if isinstance(temperature, torch.Tensor):
-        if temperature.shape != (num_rows,):
-            raise ValueError(f"expected a temperature [{num_rows}], got shape {tuple(temperature.shape)}")
-        if temperature.requires_grad:
-            raise ValueError("the temperature requires a gradient, which this op does not give; detach it")
-        lowest = float(temperature.min()) if temperature.numel() else 1.0
-    else:
-        lowest = temperature
-    if not 0 < lowest < math.inf:
-        raise ValueError(f"temperature must be above 0, got {lowest}")
+def make_scale(temperature: float | torch.Tensor, num_rows: int, hidden: torch.Tensor) -> float | torch.Tensor:
+    """log2 e / temperature, a number or [N] of its own memory.
+
+    Raises:
+        ValueError: a temperature that is not above 0, or not one number or one a row.
+    """
+    if not isinstance(temperature, torch.Tensor) or temperature.dim() == 0:
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, got {float(temperature)}")
+        return 1 / (float(temperature) * NATS)
+    if temperature.shape != (num_rows,):
+        raise ValueError(f"expected a temperature [{num_rows}], got shape {tuple(temperature.shape)}")
+    if temperature.requires_grad:
+        raise ValueError("the temperature requires a gradient, which this op does not give; detach it")
+    wrong = temperature[~((temperature > 0) & (temperature < math.inf))]
+    if wrong.numel():
+        raise ValueError(f"temperature must be above 0, got {float(wrong[0])}")
+    return (1 / (temperature.double() * NATS)).to(hidden.device, compute_dtype(hidden))
 
 
-def _check_targets(targets: torch.Tensor, num_rows: int, shard: VocabShard, ignore_index: int) -> None:
+def _check_targets(targets, num_rows: int, shard: VocabShard, ignore_index: int, sequence_parallel: bool) -> None:
     if targets.shape != (num_rows,):
-        raise ValueError(f"expected {num_rows} targets, got shape {tuple(targets.shape)}")
+        of_all = ", those of all ranks" if sequence_parallel else ""
+        raise ValueError(f"expected {num_rows} targets{of_all}, got shape {tuple(targets.shape)}")
     if targets.dtype != torch.int64:
         raise ValueError(f"expected targets of dtype torch.int64, got {targets.dtype}")
     wrong = ((targets < 0) | (targets >= shard.vocab_size)) & (targets != ignore_index)
@@ -133,24 +146,22 @@ def _check_targets(targets: torch.Tensor, num_rows: int, shard: VocabShard, igno
                          f"{int(targets[row])} in row {row}")
 
 
-def make_rows(hidden, weight, bias, shard: VocabShard, temperature, targets=None, kept=None) -> HeadRows:
+def make_rows(hidden, weight, bias, shard: VocabShard, scale, targets=None, kept=None) -> HeadRows:
     """The rows to score, those at ``kept`` [k] only, with the padding rows of the head cut off."""
     columns = torch.full((hidden.shape[0],), -1, device=hidden.device) if targets is None else targets - shard.start
     columns = torch.where((columns >= 0) & (columns < shard.num_valid), columns, -1)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    if isinstance(temperature, torch.Tensor):
-        scale = (1 / (temperature.double() * NATS)).to(hidden.device, dtype)
-    else:
-        scale = 1 / (temperature * NATS)
-    rows = HeadRows(hidden, weight[:shard.num_valid], None if bias is None else bias[:shard.num_valid], columns, scale)
+    bias = None if bias is None else bias[:shard.num_valid]
+    rows = HeadRows(hidden, weight[:shard.num_valid], bias, columns, scale)
     return rows if kept is None else rows.select(kept)
 
 
-def check_finite(merged: Merged, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """One look at the results finds input that is not finite; only then is the input searched. Same on all ranks."""
+def check_finite(merged: Merged, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                 kept: torch.Tensor | None = None) -> None:
+    """One look at the results finds input that is not finite; only then are the rows ``kept``, or all, searched."""
     if bool((torch.isfinite(merged.logprobs) & torch.isfinite(merged.entropy)).all()):
         return
-    rows = (~torch.isfinite(hidden).all(1)).nonzero()[:, 0].tolist()
+    kept = torch.arange(hidden.shape[0], device=hidden.device) if kept is None else kept
+    rows = kept[~torch.isfinite(hidden[kept]).all(1)].tolist()
     if rows:
         raise ValueError(f"expected finite hidden states, got NaN or infinity in {len(rows)} of {hidden.shape[0]} "
                          f"rows, the first of which is row {rows[0]}")
@@ -169,14 +180,27 @@ def gather_hidden(hidden: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     return whole
 
 
+def without_autocast(method):
+    """A forward or backward whose products keep the dtypes they are given inside ``torch.autocast`` as well."""
+
+    @functools.wraps(method)
+    def wrapped(ctx, *args):
+        device = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), torch.device("cpu"))
+        with torch.autocast(device.type, enabled=False):
+            return method(ctx, *args)
+
+    return wrapped
+
+
 class _TokenScores(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx, hidden, weight, bias, targets, call: _Call):
         ctx.set_materialize_grads(False)
         shard, options = call.shard, call.options
         whole = gather_hidden(hidden, shard) if call.sequence_parallel else hidden
         kept = (targets != call.ignore_index).nonzero()[:, 0]
-        rows = make_rows(whole, weight, bias, shard, call.temperature, targets, kept)
+        rows = make_rows(whole, weight, bias, shard, call.scale, targets, kept)
         backend = load_backend(options.backend, hidden.device, hidden.dtype)
         skips = call.needs_grad and options.skip_mass > 0
         blocks = call.blocks or Blocks.default(rows.hidden.shape[0], hidden.device, skips)
@@ -184,8 +208,10 @@ class _TokenScores(torch.autograd.Function):
                                            cache_bytes=options.cache_bytes if call.needs_grad else 0)
         if call.top1:
             table[TOP_ID] += shard.start
-        merged = merge(gather_tables(table, shard, targets), call.top1, call.sum_squares)
-        check_finite(merged, whole, weight, bias)
+        tables = gather_tables(_spread(table, kept, targets.numel()), shard, targets)
+        tables = tables if kept.numel() == targets.numel() else tables.index_select(2, kept)
+        merged = merge(tables, call.top1, call.sum_squares)
+        check_finite(merged, whole, weight, bias, kept)
         skip_below, dropped = None, None
         if skips:
             skip_below = merged.reference + merged.total.log2() + math.log2(options.skip_mass)
@@ -194,42 +220,46 @@ class _TokenScores(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, bias, kept, targets, merged.reference, merged.total, merged.entropy,
                                   skip_below, *record.tensors())
             ctx.call, ctx.blocks, ctx.backend = call, blocks, backend
-        results = (merged.logprobs, merged.entropy, merged.top_ids, merged.top_logprobs, merged.sum_squares, dropped)
+        # a copy, since the backward reads the entropy and a caller may change his in place
+        results = (merged.logprobs, merged.entropy.clone(), merged.top_ids, merged.top_logprobs, merged.sum_squares,
+                   dropped)
         results = tuple(_spread(r, kept, targets.numel()) for r in results)
         ctx.mark_non_differentiable(*(r for r in results[2:] if r is not None))
         return results
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad_logprobs, grad_entropy, *_):
         hidden, weight, bias, kept, targets, reference, total, entropy, skip_below, *recorded = ctx.saved_tensors
         call, shard, record = ctx.call, ctx.call.shard, BlockRecord.of_tensors(recorded)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         upstream = [None if g is None else g[kept].to(entropy.dtype) for g in (grad_logprobs, grad_entropy)]
         matters = sum((u != 0 for u in upstream if u is not None), torch.zeros_like(kept, dtype=torch.bool))
-        active = matters.nonzero()[:, 0]
         whole = gather_hidden(hidden, shard) if call.sequence_parallel else hidden
-        rows = make_rows(whole, weight, bias, shard, call.temperature, targets, kept)
-        scale = rows.scale
-        a = torch.zeros_like(entropy) if upstream[0] is None else upstream[0]
-        gradient = LogitGradient.of_scores(a, upstream[1], reference, total, entropy, scale)
-        if active.numel() < kept.numel():
-            rows, gradient, record = rows.select(active), gradient.select(active), record.select(active)
+        active = None if bool(matters.all()) else matters.nonzero()[:, 0]
+        if active is not None:
+            kept, reference, total, entropy = kept[active], reference[active], total[active], entropy[active]
+            upstream = [None if g is None else g[active] for g in upstream]
             skip_below = None if skip_below is None else skip_below[active]
-        grads = HeadGradients(targets.numel(), kept[active], whole if wants_hidden else None,
+        rows = make_rows(whole, weight, bias, shard, call.scale, targets, kept)
+        a = torch.zeros_like(entropy) if upstream[0] is None else upstream[0]
+        gradient = LogitGradient.of_scores(a, upstream[1], reference, total, entropy, rows.scale)
+        grads = HeadGradients(targets.numel(), kept, whole if wants_hidden else None,
                               weight if wants_weight else None, bias if wants_bias else None, shard.num_valid,
                               entropy.dtype)
         reduction = HiddenReduction(shard.group, shard.world_size, call.sequence_parallel)
-        sweep(ctx.backend, rows, gradient, record, ctx.blocks, grads, reduction, skip_below)
+        scores = ScoreGradient(ctx.backend, rows, gradient, record, ctx.blocks, active, skip_below)
+        sweep(rows, ctx.blocks, grads, reduction, scores.fill)
         grad_hidden = reduction.wait()
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grads.weight, grads.bias, None, None
 
 
 def _spread(values: torch.Tensor | None, kept: torch.Tensor, num_rows: int) -> torch.Tensor | None:
-    """Results of the rows that were scored among all [N]; 0 where a row was ignored."""
+    """Results [..., k] of the rows that were scored among all N; 0 where a row was ignored."""
     if values is None or kept.numel() == num_rows:
         return values
-    return values.new_zeros(num_rows).index_copy_(0, kept, values)
+    return values.new_zeros(*values.shape[:-1], num_rows).index_copy_(-1, kept, values)
 
 
 def _dropped_mass(record: BlockRecord, rows: HeadRows, blocks: Blocks, merged: Merged,

@@ -11,6 +11,11 @@ NATS = math.log(2)
 """One bit in nats: inside the ops logarithms are to base 2."""
 
 
+def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """In which logits and statistics are held: fp32, or fp64 for fp64 input."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Size of the tiles of logits: ``rows`` tokens at a time, ``columns`` of the vocabulary."""
@@ -18,17 +23,22 @@ class Blocks:
     rows: int
     columns: int
 
+    def __post_init__(self):
+        if self.rows < 1 or self.columns < 1:
+            raise ValueError(f"tiles need at least one row and one column, got {self.rows} x {self.columns}")
+
     @classmethod
     def default(cls, num_rows: int, device: torch.device, skips: bool = False) -> "Blocks":
         """What was the fastest among what is small (on a CPU; the sizes for a GPU are not yet measured).
 
         The gradient of one block of columns is held for all rows; never fewer than 256 columns, however many rows, as
-        narrow products are bound by memory. Where blocks are to be skipped they are narrow, as few wide ones are light.
+        narrow products are bound by memory. Where blocks are to be skipped on a GPU they are narrower, as few wide ones
+        hold little.
         """
         num_rows = max(1, num_rows)
         if device.type == "cpu":
             return cls(512, max(256, min(1024, 2**22 // num_rows)))
-        return cls(4096, 2048 if skips else max(2048, min(16384, 2**27 // num_rows // 256 * 256)))
+        return cls(1024, 2048 if skips else max(2048, min(16384, 2**27 // num_rows // 256 * 256)))
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class HeadRows:
     @property
     def dtype(self) -> torch.dtype:
         """In which logits and statistics are held: fp32, or fp64 for fp64 input."""
-        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.hidden)
 
     def select(self, rows: torch.Tensor) -> "HeadRows":
         """A copy of the given rows [k]; everything as it is where these are all."""
@@ -62,9 +72,14 @@ class HeadRows:
         return HeadRows(self.hidden.index_select(0, rows), self.weight, self.bias, self.columns.index_select(0, rows),
                         scale)
 
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Of what the matrix products take."""
+        return self.dtype if self.hidden.device.type == "cpu" else self.hidden.dtype
+
     def operand(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` as the matrix products take it: bf16 products on a CPU are slower than fp32 ones and round."""
-        return tensor.to(self.dtype) if tensor.device.type == "cpu" else tensor
+        return tensor.to(self.operand_dtype)
 
     def scale_of(self, rows) -> float | torch.Tensor:
         """The scale of a slice of rows."""
@@ -93,9 +108,14 @@ class BlockRecord:
         """The inverse of ``tensors``."""
         return cls(tensors[0], list(zip(tensors[1::2], tensors[2::2])))
 
-    def select(self, rows: torch.Tensor) -> "BlockRecord":
-        return BlockRecord(None if self.log_mass is None else self.log_mass.index_select(1, rows),
-                           [(e.index_select(0, rows), m.index_select(0, rows)) for e, m in self.cached])
+    def mass_of(self, number: int, rows: torch.Tensor | None) -> torch.Tensor:
+        """[k] log2 mass of a block, of the given rows or of all."""
+        return self.log_mass[number] if rows is None else self.log_mass[number].index_select(0, rows)
+
+    def cached_of(self, number: int, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A cached block, of the given rows or of all; only one block is ever copied."""
+        e, m = self.cached[number]
+        return (e, m) if rows is None else (e.index_select(0, rows), m.index_select(0, rows))
 
 
 def column_blocks(num_columns: int, width: int) -> list[slice]:

@@ -142,7 +142,7 @@ def merge(tables: torch.Tensor, top1: bool = False, sum_squares: bool = False) -
 
 
 def merge_tables(tables: torch.Tensor, top1: bool = False, sum_squares: bool = False) -> torch.Tensor:
-    """[K, R, N] of K disjoint sets -> [R, N] of their union; the lowest set holds the top token among equals."""
+    """[K, R, N] of K disjoint sets -> [R, N] of their union; the lowest id is the top token among equals."""
     merged = torch.empty_like(tables[0])
     reference = tables[:, REFERENCE].amax(0)
     shift = (tables[:, REFERENCE] - reference).clamp_min(-1e4)  # an empty set: -inf would make 0 * inf below
@@ -152,8 +152,8 @@ def merge_tables(tables: torch.Tensor, top1: bool = False, sum_squares: bool = F
     merged[MOMENT] = (scale * (tables[:, MOMENT] + shift * tables[:, SUM])).sum(0)
     merged[TARGET] = tables[:, TARGET].sum(0)
     if top1:
-        best = tables[:, REFERENCE].argmax(0, keepdim=True)
-        merged[TOP_ID] = tables[:, TOP_ID].gather(0, best)[0]
+        best = tables[:, REFERENCE] == reference
+        merged[TOP_ID] = torch.where(best, tables[:, TOP_ID], torch.inf).amin(0)
     if sum_squares:
         merged[-1] = (scale**2 * tables[:, -1]).sum(0)
     return merged

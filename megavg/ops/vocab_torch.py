@@ -37,9 +37,10 @@ def scaled_logits(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
         if isinstance(scale, torch.Tensor):
             hidden, alpha = hidden * scale[:, None], 1.0
         torch.addmm(out, hidden, weight.t(), beta=0, alpha=alpha, out=out)
+    elif isinstance(scale, torch.Tensor):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out).mul_(scale[:, None])
     else:
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-        out.mul_(scale[:, None] if isinstance(scale, torch.Tensor) else scale)
+        torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, beta=0, alpha=scale, out=out)
     if bias is not None:
         bias = bias.to(out.dtype)
         out.addr_(scale, bias) if isinstance(scale, torch.Tensor) else out.add_(bias, alpha=scale)
@@ -99,14 +100,12 @@ class _Sweep:
         if not self.exact and not bool((block_sum < _TOO_FAR).all()):  # a NaN is too far as well
             self._raise_reference(number, block, tile, x)
             block_sum = torch.exp2(x, out=e).sum(1)
-        columns = rows.columns[tile]
-        hit = ((columns >= block.start) & (columns < block.stop)).nonzero()[:, 0]
-        if hit.numel():
-            target[hit] = x[hit, columns[hit] - block.start] + m[hit]
+        column, inside = _target_in(block, rows.columns[tile])
+        target += torch.where(inside, x.gather(1, column)[:, 0] + m, 0)
         s += block_sum
-        u += torch.linalg.vecdot(e, x)
+        u += x.mul_(e).sum(1)
         if self.sum_squares:
-            self.table[-1, tile] += torch.linalg.vecdot(e, e)
+            self.table[-1, tile] += torch.mul(e, e, out=x).sum(1)
         self._remember(number, tile, e, m, block_sum)
         if not self.exact:
             grown = torch.where(block_sum > _GROWN, block_sum, 1).log2_()
@@ -193,6 +192,11 @@ def fill_gradient_from_cache(out: torch.Tensor, cached: tuple[torch.Tensor, torc
 
 def _add_at_target(dz: torch.Tensor, columns: torch.Tensor, block: slice, at_target: torch.Tensor) -> None:
     """Before dz is rounded to the operands' dtype: a (1 - p) of a likely token is a small difference of large terms."""
-    hit = ((columns >= block.start) & (columns < block.stop)).nonzero()[:, 0]
-    if hit.numel():
-        dz[hit, columns[hit] - block.start] += at_target[hit]
+    column, inside = _target_in(block, columns)
+    dz.scatter_add_(1, column, torch.where(inside, at_target, 0)[:, None])
+
+
+def _target_in(block: slice, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(column of the block [n, 1], whether the target is there [n]); a search for the rows would wait for a GPU."""
+    inside = (columns >= block.start) & (columns < block.stop)
+    return (columns - block.start).clamp(0, block.stop - block.start - 1)[:, None], inside

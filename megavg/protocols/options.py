@@ -78,8 +78,8 @@ class HeadOptions:
     skip_mass: float = 0.0
 
     def __post_init__(self):
-        if self.cache_bytes < 0:
-            raise ValueError(f"cache_bytes={self.cache_bytes} must not be negative")
+        if not isinstance(self.cache_bytes, int) or self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes={self.cache_bytes} must be a whole number that is not negative")
         if not 0 <= self.skip_mass < 1:
             raise ValueError(f"skip_mass={self.skip_mass} must be in [0, 1)")
 

@@ -87,7 +87,6 @@ class Policy:
         head = self.engine.stage.head
         mass = self.context.sum_over_data(head.dropped_mass.to(self.context.device).float())
         if self.context.tp_size > 1:
-            mass = mass.clone()
             dist.all_reduce(mass, group=self.context.tp_group)  # each rank counts its own rows of the vocabulary
         head.dropped_mass.zero_()
         return float(mass)

@@ -7,6 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavg.ops import Blocks, HeadOptions, VocabShard, token_scores
+from megavg.ops.vocab_parallel import make_rows
+from megavg.ops.vocab_rows import NATS
+from megavg.ops.vocab_shard import MOMENT, SUM
+from megavg.ops.vocab_torch import statistics
 from megavg.protocols.batch import IGNORE
 from tests.ops.vocab_examples import both_gradients, dense, dense_log_softmax, example, gradients, relative
 
@@ -211,6 +215,32 @@ def test_nothing_is_skipped_or_reported_unless_asked_for():
         assert token_scores(hidden, weight, targets, SHARD, options=HeadOptions(skip_mass=0.1)).dropped_mass is None
 
 
+def test_what_the_caller_changes_in_place_afterwards_changes_no_gradient():
+    hidden, weight, targets, upstream = example(60, 8, 301)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    temperature = torch.linspace(0.5, 2, 60)
+    expected = gradients(dense(*inputs, targets, temperature=temperature.clone()), inputs, upstream * torch.tensor(
+        [[1.0], [0.5]]))
+    scores = token_scores(*inputs, targets, SHARD, temperature)
+    temperature.mul_(10)
+    found = gradients((scores.logprobs, scores.entropy.mul_(0.5)), inputs, upstream)
+    assert max(relative(a, b) for a, b in zip(found, expected)) < 1e-5
+
+
+def test_a_temperature_may_be_a_tensor_of_one_number():
+    hidden, weight, targets, _ = example(9, 8, 301)
+    found, expected = (token_scores(hidden, weight, targets, SHARD, t) for t in (torch.tensor(0.5), 0.5))
+    assert torch.equal(found.entropy, expected.entropy)
+
+
+def test_autocast_changes_nothing():
+    hidden, weight, targets, upstream = example(60, 16, 301)
+    plain = gradients_of(hidden, weight, targets, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gradients_of(hidden, weight, targets, upstream)
+    assert all(torch.equal(plain[name], inside[name]) for name in plain)
+
+
 def test_same_bits_in_every_run():
     hidden, weight, targets, upstream = example(300, 16, 301)
     first, second = (gradients_of(hidden, weight, targets, upstream) for _ in range(2))
@@ -224,7 +254,21 @@ def test_logits_that_jump_far_above_the_first_block_lose_no_digits():
     bias[100], bias[200:205] = 60.0, 400.0
     bias[250] = -500.0
     expected = dense(hidden, weight, targets, bias=bias)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 6e-5)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 6e-5)):  # 6e-5: two ulp of logits of 400
         scores = token_scores(hidden.to(dtype), weight.to(dtype), targets, SHARD, bias=bias.to(dtype), blocks=SMALL)
         for ours, theirs in zip((scores.logprobs, scores.entropy), expected):
             torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("jump", [4.0, 15.0, 60.0, 85.0])
+def test_the_reference_follows_the_sums(jump):
+    """After blocks that rise step by step, or in one leap, the sum stays small relative to the reference, and so exact."""
+    hidden, weight, targets, _ = example(6, 8, 301)
+    bias = torch.zeros(301)
+    for step, start in enumerate((100, 180, 260), 1):
+        bias[start:] = step * jump / 3
+    rows = make_rows(hidden, weight, bias, SHARD, 1 / NATS, targets)
+    table, _ = statistics(rows, SMALL)
+    assert float(table[SUM].max()) < 2**8 * 301, "or digits of the moment would be lost"
+    assert float((table[MOMENT] / table[SUM]).abs().max()) < 24
+    assert float(table[SUM].min()) > 2**-8

@@ -131,6 +131,10 @@ BAD_INPUT = [
     ({"temperature": torch.tensor([1.0, -2.0, 1.0])}, "temperature must be above 0, got -2.0"),
     ({"temperature": torch.ones(4)}, "expected a temperature \\[3\\], got shape \\(4,\\)"),
     ({"temperature": torch.ones(3, requires_grad=True)}, "requires a gradient, which this op does not give; detach it"),
+    ({"temperature": torch.tensor([1.0, torch.inf, 1.0])}, "temperature must be above 0, got inf"),
+    ({"shard": VocabShard(-5, 1, 6)}, "a shard is 0 <= start <= stop, got -5..1"),
+    ({"bias": torch.zeros(6, dtype=torch.int64)}, "expected a bias of a floating dtype, got torch.int64"),
+    ({"sequence_parallel": True, "targets": torch.zeros(2, dtype=torch.int64)}, "expected 3 targets, those of all"),
     ({"bias": torch.zeros(5)}, "expected a bias \\[6\\], got shape \\(5,\\)"),
     ({"hidden": torch.tensor([[0.0] * 4, [1.0, NAN, 0, 0], [0, 0, 0, torch.inf]])},
      "expected finite hidden states, got NaN or infinity in 2 of 3 rows, the first of which is row 1"),
@@ -159,7 +163,11 @@ def test_a_backend_that_cannot_run_here_is_refused():
 def test_options_are_checked():
     from megavg.ops import HeadOptions
 
-    with pytest.raises(ValueError, match="cache_bytes=-1 must not be negative"):
+    with pytest.raises(ValueError, match="cache_bytes=-1 must be a whole number"):
         HeadOptions(cache_bytes=-1)
+    with pytest.raises(ValueError, match="cache_bytes=2000000000.0 must be a whole number"):
+        HeadOptions(cache_bytes=2e9)
     with pytest.raises(ValueError, match="skip_mass=1.5 must be in"):
         HeadOptions(skip_mass=1.5)
+    with pytest.raises(ValueError, match="tiles need at least one row and one column, got 0 x 4"):
+        Blocks(0, 4)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megavg.ops import Blocks, HeadOptions, VocabShard, pair_divergence, token_scores
 from megavg.ops.vocab_parallel import make_rows
+from megavg.ops.vocab_rows import NATS
 from megavg.ops.vocab_shard import TOP_ID, merge
 from megavg.ops.vocab_torch import statistics
 from megavg.protocols.batch import IGNORE
@@ -37,10 +38,12 @@ def test_any_shape_equals_dense(n, d, v, rows, columns, padding, temperature, of
         torch.testing.assert_close(ours[kept], theirs, atol=1e-9, rtol=0)
         assert not ours[~kept].any()
     found = gradients((scores.logprobs, scores.entropy), inputs, upstream)
-    if cache:
-        return  # its gradients are rounded like bf16
     for ours, theirs in zip(found, gradients(expected, inputs, upstream[:, kept])):
-        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-8)
+        if cache:  # rounded like bf16, each term by itself, which an offset of 300 in both factors magnifies
+            terms = float(upstream.abs().sum()) / temperature * max(float(t.detach().abs().max()) for t in inputs)
+            torch.testing.assert_close(ours, theirs, atol=2**-7 * terms * 5, rtol=0)
+        else:
+            torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-8)
 
 
 @COMMON
@@ -53,7 +56,7 @@ def test_statistics_of_any_split_merge_into_those_of_the_whole(n, v, cuts, colum
     edges = [0] + sorted(min(cut, v) for cut in cuts) + [v]
     tables = []
     for start, stop in zip(edges, edges[1:]):
-        rows = make_rows(hidden, weight[start:stop], None, VocabShard(start, stop, v), 1.0, targets)
+        rows = make_rows(hidden, weight[start:stop], None, VocabShard(start, stop, v), 1 / NATS, targets)
         tables.append(statistics(rows, Blocks(3, columns), top1=True, sum_squares=True)[0])
         tables[-1][TOP_ID] += start
     merged = merge(torch.stack(tables), top1=True, sum_squares=True)
@@ -85,7 +88,7 @@ def test_divergence_is_bounded_symmetric_and_zero_between_equals(n, d, v, rows, 
     two = pair_divergence(other, hidden, weight, VocabShard.whole(v), blocks=blocks)
     assert bool((one.jsd >= 0).all()) and bool((one.jsd <= 0.6931472).all())
     torch.testing.assert_close(one.jsd, two.jsd, atol=1e-6, rtol=0)
-    torch.testing.assert_close(one.entropy_gap, -two.entropy_gap, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.entropy_gap, -two.entropy_gap, atol=1e-5, rtol=0)
     if distance == 0:
         assert float(one.jsd.abs().max()) < 1e-12 and float(one.entropy_gap.abs().max()) < 1e-5
 
