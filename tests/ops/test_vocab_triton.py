@@ -21,7 +21,7 @@ import torch
 
 from megavg.ops import vocab_torch
 from megavg.ops.vocab_parallel import VocabShard, make_rows, token_scores
-from megavg.ops.vocab_rows import Blocks, LogitGradient
+from megavg.ops.vocab_rows import NATS, Blocks, LogitGradient
 from megavg.protocols.batch import IGNORE
 from megavg.protocols.options import HeadOptions
 
@@ -252,7 +252,7 @@ def test_what_is_not_finite_is_refused(change):
 @pytest.mark.parametrize("shape", [(0, 4, 9), (5, 4, 0), (5, 4, 150)], ids=["no rows", "empty shard", "no target here"])
 def test_statistics_equal_those_of_torch(shape):
     hidden, weight, _, _ = example(shape[0], shape[1], max(1, shape[2]))
-    rows = make_rows(hidden, weight[:shape[2]], None, VocabShard(100, 100 + shape[2], 100 + shape[2]), 0.7,
+    rows = make_rows(hidden, weight[:shape[2]], None, VocabShard(100, 100 + shape[2], 100 + shape[2]), 1 / NATS,
                      torch.arange(5)[:shape[0]] * 30)
     found = [backend.statistics(rows, Blocks(2, 100), True, True, True, 0) for backend in (vocab_triton, vocab_torch)]
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
@@ -267,7 +267,7 @@ def test_the_gradient_of_logits_in_the_operands_dtype(dtype, with_entropy):
     hidden, weight, targets, upstream = example(19, 32, 200, dtype)
     hidden, weight = hidden.repeat(1, 2)[:, :33], weight.T.contiguous().T
     targets[0], weight[targets[0]] = 77, 4 * hidden[0] / hidden[0].norm()
-    rows = make_rows(hidden, weight, None, VocabShard.whole(200), 0.25, targets)
+    rows = make_rows(hidden, weight, None, VocabShard.whole(200), 1 / (0.25 * NATS), targets)
     table, record = vocab_triton.statistics(rows, Blocks(8, 150), cache_bytes=2**20)
     logprobs, entropy, logp = dense(hidden, weight, targets, 0.25)
     gradient = LogitGradient.of_scores(upstream[0], upstream[1] if with_entropy else None, table[0], table[1],

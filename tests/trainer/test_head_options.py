@@ -45,7 +45,7 @@ def test_dropped_mass_is_reported_and_the_same_in_every_layout(runs):
 
 
 @pytest.mark.parametrize("override, message", [
-    ("head.cache_byte=1", "unknown option head.cache_byte; did you mean cache_bytes"),
+    ("head.cache_byte=1", "unknown option head.cache_byte .did you mean .cache_bytes."),
     ("head.backend=cuda", "head.backend"),
     ("head.skip_mass=-1", "skip_mass=-1"),
 ])
