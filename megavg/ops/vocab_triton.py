@@ -1,6 +1,6 @@
 """The Triton backend of the vocabulary ops: logits live in registers only, and each result is stored once.
 
-Not yet run on a GPU: tested in Triton's interpreter, and compiled by Triton 3.9 for sm_90 (H100, H200) with the tiles
+Not yet run on a GPU: tested in Triton's interpreter, and compiled by Triton 3.7 for sm_90 (H100, H200) with the tiles
 below: 144 KB of shared memory for bf16 and fp16, 32 KB for fp32, and next to nothing spilled within the loops of the
 matrix products. Sums are relative to a running maximum: no tile is done twice, however large the logits.
 """
