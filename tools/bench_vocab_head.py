@@ -129,7 +129,7 @@ def _peak_of(call, device: str) -> float:
     with open("/proc/self/clear_refs", "w") as file:  # the high-water mark starts again from here
         file.write("5")
     before = _status_kb("VmRSS")
-    kept = call()  # noqa: F841
+    kept = call()  # noqa: F841  its results are part of the peak
     return (_status_kb("VmHWM") - before) * 1024 / 1e6
 
 
@@ -218,9 +218,7 @@ def _get(best: dict, method: str, key: str) -> float | None:
 
 
 def about_peaked_rows(arguments) -> dict[str, float]:
-    """How peaked the peaked rows are: mean and median entropy, and the share of pairs that tau = 1e-5 leaves."""
-    import torch
-
+    """How peaked the peaked rows are: mean and median entropy, and the probability that tau = 1e-5 leaves out."""
     from megavg.ops import HeadOptions, VocabShard, token_scores
 
     problem = problem_of(arguments, peaked=True)

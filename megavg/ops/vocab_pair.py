@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction, sweep
-from megavg.ops.vocab_parallel import check_finite, check_head, make_rows, make_scale, without_autocast
+from megavg.ops.vocab_inputs import check_finite, check_head, make_rows, make_scale, without_autocast
 from megavg.ops.vocab_rows import NATS, Blocks, HeadRows, column_blocks
 from megavg.ops.vocab_shard import VocabShard, gather_tables, merge
 from megavg.ops.vocab_torch import scaled_logits, statistics

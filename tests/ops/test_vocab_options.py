@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavg.ops import Blocks, HeadOptions, VocabShard, token_scores
-from megavg.ops.vocab_parallel import make_rows
+from megavg.ops.vocab_inputs import make_rows
 from megavg.ops.vocab_rows import NATS
 from megavg.ops.vocab_shard import MOMENT, SUM
 from megavg.ops.vocab_torch import statistics

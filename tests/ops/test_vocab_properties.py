@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavg.ops import Blocks, HeadOptions, VocabShard, pair_divergence, token_scores
-from megavg.ops.vocab_parallel import make_rows
+from megavg.ops.vocab_inputs import make_rows
 from megavg.ops.vocab_rows import NATS
 from megavg.ops.vocab_shard import TOP_ID, merge
 from megavg.ops.vocab_torch import statistics
