@@ -105,14 +105,14 @@ def peaks_above_inputs(method: str, arguments) -> dict[str, float]:
     """Peak MB above the inputs of a forward and of both passes, in this process."""
     import torch
 
-    from tools.vocab_head_methods import METHODS, Problem
+    from tools.vocab_head_methods import Problem, methods_for
 
-    problem = problem_of(arguments)
+    methods, problem = methods_for(arguments.device), problem_of(arguments)
     small = Problem(problem.hidden[:8], problem.weight[:2048], problem.targets[:8] % 2048,
                     problem.upstream_logprob[:8], problem.upstream_entropy[:8])
-    METHODS[method](small).both()  # libraries are loaded and their own buffers there
+    methods[method](small).both()  # libraries are loaded and their own buffers there
     torch.mm(problem.hidden[:512], problem.weight[:1024].t())
-    run = METHODS[method](problem)
+    run = methods[method](problem)
     return {which: _peak_of(getattr(run, which), arguments.device) for which in ("forward", "both")}
 
 
@@ -246,16 +246,17 @@ def machine(arguments) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    from tools.vocab_head_methods import METHODS
+    from tools.vocab_head_methods import methods_for
 
+    methods = methods_for(arguments.device)
     if arguments.measure_memory:
         print(json.dumps(peaks_above_inputs(arguments.measure_memory, arguments)))
         return 0
-    wanted = arguments.methods or list(METHODS)
-    unknown = [name for name in wanted if name not in METHODS]
+    wanted = arguments.methods or list(methods)
+    unknown = [name for name in wanted if name not in methods]
     if unknown:
-        sys.exit(f"bench_vocab_head: unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
-    report = measure(arguments, {name: METHODS[name] for name in wanted})
+        sys.exit(f"bench_vocab_head: unknown method {unknown[0]!r}; there are {', '.join(methods)}")
+    report = measure(arguments, {name: methods[name] for name in wanted})
     print_report(report)
     if arguments.json:
         partial = arguments.json + ".tmp"

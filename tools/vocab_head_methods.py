@@ -96,6 +96,11 @@ def ours_tau(problem: Problem) -> Run:
     return ours(problem, HeadOptions(skip_mass=1e-5))
 
 
+def ours_by_torch(problem: Problem) -> Run:
+    """The same by the torch backend, where Triton is the default."""
+    return ours(problem, HeadOptions(backend="torch"))
+
+
 def dense(problem: Problem) -> Run:
     """All logits, log-softmax and autograd."""
 
@@ -258,3 +263,9 @@ METHODS = {
     "products, small tiles": lambda problem: bare_products(problem, 512, 1024),
     "products, large tiles": lambda problem: bare_products(problem, 1 << 30, 8192),
 }
+GPU_METHODS = {"ours, torch backend": ours_by_torch}
+
+
+def methods_for(device: str) -> dict:
+    """The methods that are compared on a device, by name."""
+    return METHODS | GPU_METHODS if device == "cuda" else METHODS

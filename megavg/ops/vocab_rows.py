@@ -37,7 +37,7 @@ class Blocks:
         """
         num_rows = max(1, num_rows)
         if device.type == "cpu":
-            return cls(512, max(256, min(1024, 2**22 // num_rows)))
+            return cls(1024, max(256, min(1024, 2**22 // num_rows)))
         return cls(1024, 2048 if skips else max(2048, min(16384, 2**27 // num_rows // 256 * 256)))
 
 
