@@ -60,7 +60,8 @@ def processor_of(directory: Path, model: Model) -> Processor:
 def builder_of(model: Model, processor: Processor, context: ParallelContext,
                dtype: torch.dtype = torch.float32) -> InputBuilder:
     return InputBuilder(processor.image_token_id, processor.pad_token_id,
-                        model.config.vision_config.spatial_merge_size, dtype, context.device)
+                        model.config.vision_config.spatial_merge_size, processor.patch_dim, dtype,
+                        context.device)
 
 
 def encode_pictures(processor: Processor, pictures=PICTURES) -> list[EncodedPrompt]:
@@ -90,9 +91,15 @@ def loaded_stage(directory: Path, context: ParallelContext, dtype: torch.dtype =
 def hf_logits(model, prompt: EncodedPrompt, answer: list[int]) -> torch.Tensor:
     """Logits [S, V] of one prompt with its answer: one row, no padding, positions as transformers makes them."""
     ids = torch.tensor([prompt.input_ids + answer])
-    return model(input_ids=ids, pixel_values=prompt.pixel_values.to(model.dtype),
-                 image_grid_thw=torch.tensor([prompt.image_grid_thw]),
+    return model(input_ids=ids, **hf_images(prompt, model.dtype),
                  mm_token_type_ids=(ids == model.config.image_token_id).int()).logits[0]
+
+
+def hf_images(prompt: EncodedPrompt, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A prompt's images as transformers' models take them; nothing without any."""
+    if not prompt.image_grid_thw:
+        return {}
+    return {"pixel_values": prompt.pixel_values.to(dtype), "image_grid_thw": torch.tensor(prompt.image_grid_thw)}
 
 
 def hf_scores(model, prompt: EncodedPrompt, answer: list[int], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

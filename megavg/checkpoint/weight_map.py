@@ -18,6 +18,7 @@ class WeightEntry:
         axis: the axis that tensor parallelism splits; None when every rank holds the whole tensor.
         sizes: full length of each HF tensor along ``axis``.
         padded_size: full length of the joined tensor with padding rows, where it has any.
+        copies: neighbouring ranks that hold the same shard (key-value heads that are fewer than ranks).
     """
 
     name: str
@@ -25,6 +26,7 @@ class WeightEntry:
     axis: int | None = None
     sizes: tuple[int, ...] = ()
     padded_size: int | None = None
+    copies: int = 1
 
     def to_megavg(self, tensors: Sequence[torch.Tensor], tp_size: int, tp_rank: int) -> torch.Tensor:
         """The shard of rank ``tp_rank``: [its part of the first | its part of the second | ...], zeros as padding."""
@@ -39,12 +41,14 @@ class WeightEntry:
             shape = list(tensor.shape)
             shape[self.axis] = self.padded_size - tensor.shape[self.axis]
             tensors = [torch.cat([tensor, tensor.new_zeros(shape)], self.axis)]
-        return torch.cat([tensor.chunk(tp_size, self.axis)[tp_rank] for tensor in tensors], self.axis).contiguous()
+        num_shards, shard = tp_size // self.copies, tp_rank // self.copies
+        return torch.cat([tensor.chunk(num_shards, self.axis)[shard] for tensor in tensors], self.axis).contiguous()
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """All ranks' shards, in rank order, -> the HF tensors by name. The inverse of ``to_megavg``."""
         if self.axis is None:
             return {self.hf_names[0]: shards[0]}
+        shards = shards[::self.copies]
         if self.padded_size is not None:
             whole = torch.cat(list(shards), self.axis)
             return {self.hf_names[0]: whole.narrow(self.axis, 0, self.sizes[0]).contiguous()}
@@ -67,4 +71,4 @@ class WeightMap:
     @property
     def hf_names(self) -> list[str]:
         """Every HF tensor that the model is made of."""
-        return [name for entry in self.entries.values() for name in entry.hf_names]
+        return list(dict.fromkeys(name for entry in self.entries.values() for name in entry.hf_names))

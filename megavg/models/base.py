@@ -15,9 +15,10 @@ from torch import nn
 from megavg.checkpoint.hf import HFCheckpoint
 from megavg.checkpoint.weight_map import WeightEntry, WeightMap
 from megavg.models.layers.language_model import DecoderDims
-from megavg.models.layers.stage import QwenVLStage, layer_range
+from megavg.models.layers.stage import QwenVLStage
+from megavg.models.stage_split import stage_layers
 from megavg.parallel.context import ParallelContext
-from megavg.protocols.options import HeadOptions
+from megavg.protocols.options import StageOptions
 from megavg.protocols.plugin import load_module, names_in, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,42 +55,53 @@ class Model:
         config: HF's configuration object of the checkpoint.
         dims: decoder sizes.
         checkpoint: the directory's tensors.
-        head: how log-probs and entropies are computed.
+        options: how stages are built and run.
     """
 
     spec: ModelSpec
     config: Any
     dims: DecoderDims
     checkpoint: HFCheckpoint
-    head: HeadOptions = HeadOptions()
+    options: StageOptions = StageOptions()
 
     def build_stage(self, context: ParallelContext, dtype: torch.dtype) -> QwenVLStage:
         """This rank's stage on its device, with weights not loaded yet."""
         self.dims.check(context.tp_size)
-        self._check_stages(context.pp_size)
+        if self.options.sequence_parallel:
+            check_sequence_parallel(context)
+        layers = self.stage_layers(context.pp_size)[context.pp_rank]
         with torch.device(context.device):
-            stage = QwenVLStage(self.dims, self.config.image_token_id, self.spec.make_rotary(self.config.text_config),
-                                lambda: self._vision_tower(dtype), self.spec.vision_features, context, dtype,
-                                self.head)
+            stage = QwenVLStage(self.dims, layers, self.config.image_token_id,
+                                self.spec.make_rotary(self.config.text_config), lambda: self._vision_tower(dtype),
+                                self.spec.vision_features, context, dtype, self.options)
+        self._freeze(stage)
         for parameter in stage.parameters():
-            if not getattr(parameter, "tensor_model_parallel", False):
+            if not getattr(parameter, "tensor_model_parallel", False) and not hasattr(parameter, "model_parallel"):
                 # DeepSpeed's gradient norm counts a replicated parameter once
                 parameter.model_parallel = context.tp_rank == 0
+        if stage.tied_copy is not None and not stage.has_embedding:
+            # ... and the two copies of a tied matrix too
+            stage.tied_copy.tensor_model_parallel = stage.tied_copy.model_parallel = False
         return stage
 
-    def _check_stages(self, pp_size: int) -> None:
-        """Refuse stages that would drop features or train two copies of one matrix, before anything is built."""
+    def stage_layers(self, pp_size: int) -> list[range]:
+        """The decoder layers of every pipeline stage."""
         if pp_size == 1:
+            return [range(self.dims.num_layers)]
+        with torch.device("meta"):
+            tower = self._vision_tower(torch.float32)
+        return stage_layers(self.dims, self.config.vision_config, tower, pp_size, self.options)
+
+    def _freeze(self, stage: QwenVLStage) -> None:
+        if not stage.has_embedding:
             return
-        if self.dims.tie_embeddings:
-            raise ValueError(f"{self.checkpoint.directory} ties embedding and head, which pipeline stages cannot share "
-                             "yet; set parallel.pipeline_model_parallel_size=1")
-        num_added = len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
-        num_first = len(layer_range(self.dims.num_layers, pp_size, 0))
-        if num_added > num_first:
-            raise ValueError(f"deepstack features enter the first {num_added} layers, but the first of {pp_size} "
-                             f"stages holds {num_first} of {self.dims.num_layers}; lower "
-                             "parallel.pipeline_model_parallel_size")
+        if self.options.freeze_vision_tower:
+            projector = {p for module in stage.projectors for p in module.parameters()}
+            for parameter in set(stage.visual.parameters()) - projector:
+                parameter.requires_grad_(False)
+        if self.options.freeze_projector:
+            for module in stage.projectors:
+                module.requires_grad_(False)
 
     def _vision_tower(self, dtype: torch.dtype) -> nn.Module:
         from transformers.initialization import no_init_weights
@@ -101,7 +113,10 @@ class Model:
         return tower
 
     def weight_map(self, tp_size: int) -> WeightMap:
-        """Every parameter of the whole model and the HF tensors it is made of."""
+        """Every parameter of the whole model and the HF tensors it is made of.
+
+        A tied model has an entry for the copy of the embedding that the last of several stages uses as its head.
+        """
         with torch.device("meta"):
             names = [name for name, _ in self._vision_tower(torch.float32).named_parameters()]
         return WeightMap([WeightEntry(f"visual.{name}", (f"model.visual.{name}",)) for name in names]
@@ -116,6 +131,13 @@ class Model:
             yield name, entry.to_megavg(tensors, context.tp_size, context.tp_rank)
 
 
+def check_sequence_parallel(context: ParallelContext) -> None:
+    """Refuse sequence parallelism where megatron-core has none."""
+    if context.device.type != "cuda":
+        raise ValueError("parallel.sequence_parallel=true needs a GPU: megatron-core's mappings are for CUDA only; set "
+                         "it to false, which gives the same results")
+
+
 def _family(model_type: str, directory: Path) -> ModelSpec:
     known = [name for name in names_in("megavg.models") if name.startswith("qwen")]
     if model_type not in known:
@@ -124,7 +146,7 @@ def _family(model_type: str, directory: Path) -> ModelSpec:
     return load_module("megavg.models", model_type, "model_type").SPEC
 
 
-def load_model(directory: str | Path, head: HeadOptions = HeadOptions()) -> Model:
+def load_model(directory: str | Path, options: StageOptions = StageOptions()) -> Model:
     """Open a checkpoint directory and pick its family by ``model_type``."""
     from transformers import AutoConfig
 
@@ -137,7 +159,7 @@ def load_model(directory: str | Path, head: HeadOptions = HeadOptions()) -> Mode
         text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,
         text.num_key_value_heads, head_dim, text.vocab_size, text.rms_norm_eps, spec.qkv_bias, spec.qk_norm,
         tie_embeddings=bool(config.tie_word_embeddings))
-    return Model(spec, config, dims, checkpoint, head)
+    return Model(spec, config, dims, checkpoint, options)
 
 
 def copy_weights(stage: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -159,16 +181,22 @@ def _decoder_entries(dims: DecoderDims, tp_size: int) -> list[WeightEntry]:
     text = "model.language_model."
     padded = dims.padded_vocab_size(tp_size)
     padding = padded if padded != dims.vocab_size else None
-    entries = [WeightEntry("embedding.weight", (f"{text}embed_tokens.weight",), 0, (dims.vocab_size,), padding),
-               WeightEntry("final_norm.weight", (f"{text}norm.weight",))]
-    if not dims.tie_embeddings:
-        entries.append(WeightEntry("head.weight", ("lm_head.weight",), 0, (dims.vocab_size,), padding))
+    embedding = f"{text}embed_tokens.weight"
+    head = embedding if dims.tie_embeddings else "lm_head.weight"
+    entries = [WeightEntry("embedding.weight", (embedding,), 0, (dims.vocab_size,), padding),
+               WeightEntry("final_norm.weight", (f"{text}norm.weight",)),
+               WeightEntry("head.weight", (head,), 0, (dims.vocab_size,), padding)]
     query, key = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    copies = dims.kv_copies(tp_size)
     for i in range(dims.num_layers):
         ours, theirs = f"layers.{i}.", f"{text}layers.{i}."
         for kind in ("weight", "bias") if dims.qkv_bias else ("weight",):
-            names = tuple(f"{theirs}self_attn.{n}_proj.{kind}" for n in "qkv")
-            entries.append(WeightEntry(f"{ours}attention.qkv.{kind}", names, 0, (query, key, key)))
+            q, k, v = (f"{theirs}self_attn.{n}_proj.{kind}" for n in "qkv")
+            if copies == 1:
+                entries.append(WeightEntry(f"{ours}attention.qkv.{kind}", (q, k, v), 0, (query, key, key)))
+            else:
+                entries += [WeightEntry(f"{ours}attention.qkv.{kind}", (q,), 0, (query,)),
+                            WeightEntry(f"{ours}attention.kv.{kind}", (k, v), 0, (key, key), copies=copies)]
         if dims.qk_norm:
             entries += [WeightEntry(f"{ours}attention.query_norm.weight", (f"{theirs}self_attn.q_norm.weight",)),
                         WeightEntry(f"{ours}attention.key_norm.weight", (f"{theirs}self_attn.k_norm.weight",))]

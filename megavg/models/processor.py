@@ -12,7 +12,7 @@ from megavg.protocols.batch import EncodedPrompt
 from megavg.protocols.sample import Frame
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from PIL.Image import Image
 
@@ -82,30 +82,49 @@ class Processor:
             raise ValueError(f"box_format={box_format!r} does not exist{nearest(box_format, FRAME_KIND)}")
         return cls(load_parts(Path(checkpoint_dir), min_pixels, max_pixels), box_format, FRAME_KIND[box_format])
 
-    def encode_prompt(self, image: Image, text: str) -> EncodedPrompt:
-        """Encode one user turn of an image and ``text`` in the checkpoint's chat template, ready for an answer.
+    def encode_prompt(self, images: Image | Sequence[Image], text: str) -> EncodedPrompt:
+        """Encode one user turn of an image, several or none and ``text`` in the checkpoint's chat template.
+
+        Boxes of the answer belong to the last image.
 
         Raises:
-            ValueError: the sides of ``image`` differ by more than 200 to 1, or ``text`` holds a control token.
+            ValueError: an image is a video, or its sides differ by more than 200 to 1, or ``text`` holds a control
+                token.
         """
+        import torch
+
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
         self._check_text(text)
-        _check_aspect(image)
-        patches = self.image_processor(images=[image], return_tensors="pt")
-        time, height, width = (int(size) for size in patches["image_grid_thw"][0])
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        for image in images:
+            _check_image(image)
+        turn = {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}
         rendered = self.tokenizer.apply_chat_template(
             [turn], chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
         )
         ids = self._tokenize(rendered)
-        if ids.count(self.image_token_id) != 1:
+        if ids.count(self.image_token_id) != len(images):
             raise ValueError(f"the chat template of {self._folder} gives {ids.count(self.image_token_id)} image tokens "
-                             f"({self._image_token}) for one image, expected 1; use the family's own template")
-        at = ids.index(self.image_token_id)
-        count = time * height * width // self.image_processor.merge_size**2
-        patch = self.image_processor.patch_size
-        frame = Frame(self.frame_kind, image.width, image.height, width * patch, height * patch)
-        expanded = ids[:at] + [self.image_token_id] * count + ids[at + 1:]
-        return EncodedPrompt(expanded, patches["pixel_values"], (time, height, width), frame)
+                             f"({self._image_token}) for {len(images)} images; use the family's own template")
+        if not images:
+            return EncodedPrompt(ids, torch.zeros(0, self.patch_dim), (), None)
+        # a list of images is one batch for some releases of the image processor and several for others
+        patches = [self.image_processor(images=[image], return_tensors="pt") for image in images]
+        grids = tuple(tuple(int(size) for size in part["image_grid_thw"][0]) for part in patches)
+        patch, (_, height, width) = self.image_processor.patch_size, grids[-1]
+        frame = Frame(self.frame_kind, images[-1].width, images[-1].height, width * patch, height * patch)
+        return EncodedPrompt(self._expand(ids, grids), torch.cat([part["pixel_values"] for part in patches]), grids,
+                             frame)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers of one patch in ``pixel_values``: 3 colours, its frames in time, its pixels."""
+        processor = self.image_processor
+        return 3 * processor.temporal_patch_size * processor.patch_size**2
+
+    def _expand(self, ids: list[int], grids: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Repeat each image's token once for every feature of it."""
+        counts = iter(time * height * width // self.image_processor.merge_size**2 for time, height, width in grids)
+        return [i for token in ids for i in [token] * (next(counts) if token == self.image_token_id else 1)]
 
     def encode_answer(self, text: str) -> list[int]:
         """Ids of an answer that the model should learn, with the end token ``<|im_end|>`` after it.
@@ -152,7 +171,10 @@ def _end_token_ids(vocab: dict[str, int], eos_token_ids: list[int]) -> tuple[int
     return tuple(dict.fromkeys([vocab[END_TURN], *eos_token_ids, vocab[END_TEXT]]))
 
 
-def _check_aspect(image: Any) -> None:
+def _check_image(image: Any) -> None:
+    if not hasattr(image, "size") or not hasattr(image, "convert"):
+        raise ValueError(f"expected an image, got {type(image).__name__}; videos are not supported: give single frames "
+                         "as images")
     longer, shorter = max(image.size), min(image.size)
     if longer > _MAX_ASPECT_RATIO * shorter:
         raise ValueError(f"an image of {image.width} x {image.height} pixels is too extreme: its longer side may be at "

@@ -61,6 +61,14 @@ class ParallelContext:
         dist.all_reduce(total, group=self.dp_group)
         return total
 
+    def max_over_data(self, number: int) -> int:
+        """The largest ``number`` of the data-parallel ranks."""
+        if self.dp_size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.dp_group)
+        return int(largest)
+
     def gather_rows(self, rows: list) -> list:
         """Concatenate the data-parallel ranks' lists of plain objects, in rank order, on every rank."""
         if self.dp_size == 1:

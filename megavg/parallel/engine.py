@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from megavg.parallel import zero
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.mcore import DeepSpeedMpu
-from megavg.parallel.schedule import one_forward_one_backward
-from megavg.parallel.zero import (deepspeed_config, forget_backward, gather_as_one, gathered, make_optimizer,
-                                  remove_world_broadcast)
+from megavg.parallel.optimizer import make_optimizer
+from megavg.parallel.pipeline import StageLink
+from megavg.parallel.schedule import Work, one_forward_one_backward
 from megavg.protocols.batch import ModelInputs
 from megavg.protocols.options import OptimizerConfig, ZeroConfig
 
@@ -25,61 +26,75 @@ class ZeroEngine:
     """A stage whose parameters, gradients and optimiser state are partitioned over the data-parallel group.
 
     With ``optimizer=None`` the stage is frozen: parameters are partitioned and only ``scores`` can be asked for.
+
+    Args:
+        stage: a module that maps the fields of ``ModelInputs`` and ``hidden`` to hidden states, or on the last stage to
+            (log-probs, entropies); it names its ``blocks``, ``chains``, ``tied_copy`` and ``hidden_shape``
+            (``QwenVLStage``).
+
+    Attributes:
+        config: the configuration that DeepSpeed was given.
+        optimizer_name: who computes AdamW, for the log.
     """
 
-    def __init__(self, stage: nn.Module, hidden_size: int, context: ParallelContext, dtype: torch.dtype,
-                 zero: ZeroConfig, optimizer: OptimizerConfig | None):
+    def __init__(self, stage: nn.Module, context: ParallelContext, dtype: torch.dtype,
+                 options: ZeroConfig, optimizer: OptimizerConfig | None):
         import deepspeed
 
-        self.context, self.stage, self.hidden_size, self.dtype = context, stage, hidden_size, dtype
-        self.config = deepspeed_config(zero, optimizer.gradient_clipping if optimizer else 0.0, dtype)
+        self.context, self.stage, self.dtype = context, stage, dtype
+        self.config = zero.deepspeed_config(options, optimizer.gradient_clipping if optimizer else 0.0, dtype)
+        self.link = StageLink(context)
+        self._keep_gathered, adamw, self.optimizer_name = options.keep_gathered, None, ""
         if optimizer is None:
             stage.requires_grad_(False)
-        gather_as_one(stage.blocks)
-        self._engine, *_ = deepspeed.initialize(
-            model=stage, optimizer=make_optimizer(stage, optimizer, context) if optimizer else None,
-            config=self.config, mpu=DeepSpeedMpu(context), dist_init_required=False)
+        else:
+            adamw, self.optimizer_name = make_optimizer(stage, optimizer, context, options.offload_optimizer)
+            zero.check_equal_groups(adamw, context)
+        zero.gather_as_one(stage.blocks)
+        self._engine, *_ = deepspeed.initialize(model=stage, optimizer=adamw, config=self.config,
+                                                mpu=DeepSpeedMpu(context), dist_init_required=False)
         if context.pp_size > 1:
-            remove_world_broadcast(self._engine)
-        self._sends: list[tuple] = []
+            zero.remove_world_broadcast(self._engine)
+            if options.prefetch_bucket_size:
+                zero.prefetch_next(stage.chains, stage)
 
     def forward_backward(self, num_micro_batches: int, micro_batch: Callable[[int], ModelInputs],
                          loss: MicroBatchLoss, temperature: float = 1.0) -> float:
         """Accumulate the gradient of the summed loss; returns the loss over all ranks and micro-batches.
 
-        ``micro_batch(i)`` is asked for when its turn comes, so that only those in flight are on the device.
-        Every data-parallel rank must bring equally many micro-batches: ZeRO-3 gathers parameters together.
+        ``micro_batch(i)`` is asked for when its turn comes, so that only those in flight are on the device; ``loss`` is
+        called on the last stage only. Every data-parallel rank must bring equally many micro-batches: ZeRO-3 gathers
+        parameters together.
         """
         total = torch.zeros((), device=self.context.device)
+        in_flight: dict[int, tuple] = {}
 
-        def forward(i: int):
-            inputs = micro_batch(i)
-            received = None if self.context.is_first_stage else self._receive(inputs)
+        def forward(i: int, inputs: ModelInputs, received: torch.Tensor | None) -> torch.Tensor | None:
             output = self._run(inputs, received, temperature)
-            if not self.context.is_last_stage:
-                self._send(output.detach(), self.context.pp_rank + 1)
-                return received, output
-            value = loss(i, *output)
-            total.add_(value.detach())
-            # ZeRO averages gradients over the data-parallel ranks; the loss is a sum
-            return received, value * self.context.dp_size
+            if self.context.is_last_stage:
+                value = loss(i, *output)
+                total.add_(value.detach())
+                # ZeRO averages gradients over the data-parallel ranks; the loss is a sum
+                output = value * self.context.dp_size
+            in_flight[i] = received, output
+            return None if self.context.is_last_stage else output.detach()
 
-        def backward(passed, is_last: bool):
-            received, output = passed
-            self._engine.set_gradient_accumulation_boundary(is_last)
-            forget_backward(self._engine)
+        def backward(i: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+            received, output = in_flight.pop(i)
+            self._engine.set_gradient_accumulation_boundary(i == num_micro_batches - 1)
+            zero.forget_backward(self._engine)
             if self.context.is_last_stage:
                 self._engine.backward(output)
             else:
-                output.backward(self._receive_like(output))
-            if received is not None:
-                self._send(received.grad, self.context.pp_rank - 1)
+                output.backward(gradient)
+            return None if received is None else received.grad
 
-        one_forward_one_backward(num_micro_batches, self.context.pp_rank, self.context.pp_size, forward, backward)
-        for work, _ in self._sends:
-            work.wait()
-        self._sends.clear()
-        return self._reduce_loss(total)
+        order = one_forward_one_backward(num_micro_batches, self.context.pp_rank, self.context.pp_size)
+        with zero.kept_gathered(self.stage) if self._keep_gathered else contextlib.nullcontext():
+            self._work_through(order, micro_batch, forward, backward)
+        if self.stage.tied_copy is not None:
+            zero.sum_tied_gradient(self.stage.tied_copy)
+        return float(self.link.from_last(self.context.sum_over_data(total)))
 
     def step(self, lr: float) -> float:
         """Clip, update, zero the gradients; returns the global gradient norm before clipping."""
@@ -89,13 +104,23 @@ class ZeroEngine:
         return float(self._engine.get_global_grad_norm())
 
     @torch.no_grad()
-    def scores(self, inputs: ModelInputs, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-probs [N], entropies [N]) of the scored positions, without a gradient. One stage only."""
-        return self._run(inputs, None, temperature)
+    def scores(self, num_scored: Sequence[int], micro_batch: Callable[[int], ModelInputs],
+               temperature: float = 1.0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(log-probs [N], entropies [N]) of the scored positions of each micro-batch, on every stage, no gradient.
+
+        ``num_scored`` are the N of the micro-batches.
+        """
+        return scores_through_stages(self._engine, self.stage, self.link, self.context, self.dtype, num_scored,
+                                     micro_batch, temperature)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of this stage by name, whole along data parallelism; valid until the next is asked for."""
-        return gathered(self.stage)
+        return zero.gathered(self.stage)
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every trained parameter's gradient by name, fp32, whole along data parallelism, between the backward and
+        ``step``."""
+        return zero.gradients(self.stage)
 
     def save(self, folder: str | Path) -> None:
         """Write parameters and optimiser state, each rank its own part, for the same layout."""
@@ -111,26 +136,64 @@ class ZeroEngine:
     def _run(self, inputs: ModelInputs, hidden: torch.Tensor | None, temperature: float):
         return self._engine(**inputs.as_kwargs(), hidden=hidden, temperature=temperature)
 
-    def _peer(self, stage: int) -> int:
-        return dist.get_global_rank(self.context.pp_group, stage)
+    def _work_through(self, order: list[Work], micro_batch, forward, backward) -> None:
+        """Do the work of ``order``, with one exchange between each two pieces of it."""
+        ahead, behind = self.context.pp_rank + 1, self.context.pp_rank - 1
+        inputs: dict[int, ModelInputs] = {}
+        shapes: dict[int, torch.Size] = {}
 
-    def _send(self, tensor: torch.Tensor, stage: int) -> None:
-        tensor = tensor.contiguous()  # kept until it has left
-        self._sends.append((dist.isend(tensor, self._peer(stage), group=self.context.pp_group), tensor))
+        def expected(work: Work | None) -> list[tuple[torch.Tensor, int]]:
+            if work is None:
+                return []
+            if work.is_forward:
+                inputs[work.index] = micro_batch(work.index)
+                return [] if self.context.is_first_stage else [
+                    (hidden_buffer(self.stage, inputs[work.index], self.dtype), behind)]
+            return [] if self.context.is_last_stage else [
+                (torch.empty(shapes.pop(work.index), dtype=self.dtype, device=self.context.device), ahead)]
 
-    def _receive(self, inputs: ModelInputs) -> torch.Tensor:
-        hidden = torch.empty(*inputs.input_ids.shape, self.hidden_size, dtype=self.dtype, device=self.context.device)
-        dist.recv(hidden, self._peer(self.context.pp_rank - 1), group=self.context.pp_group)
-        return hidden.requires_grad_()
+        received = expected(order[0])
+        self.link.exchange([], received)
+        for work, following in zip(order, [*order[1:], None]):
+            buffer = received[0][0] if received else None
+            if work.is_forward:
+                output = forward(work.index, inputs.pop(work.index), None if buffer is None else buffer.requires_grad_())
+                to = ahead
+                if output is not None:
+                    shapes[work.index] = output.shape
+            else:
+                output, to = backward(work.index, buffer), behind
+            received = expected(following)
+            self.link.exchange([] if output is None else [(output, to)], received)
+        self.link.flush()
 
-    def _receive_like(self, output: torch.Tensor) -> torch.Tensor:
-        grad = torch.empty_like(output)
-        dist.recv(grad, self._peer(self.context.pp_rank + 1), group=self.context.pp_group)
-        return grad
 
-    def _reduce_loss(self, total: torch.Tensor) -> float:
-        total = self.context.sum_over_data(total)
-        if self.context.pp_size > 1:
-            total = total.clone()
-            dist.broadcast(total, self._peer(self.context.pp_size - 1), group=self.context.pp_group)
-        return float(total)
+def hidden_buffer(stage: nn.Module, inputs: ModelInputs, dtype: torch.dtype) -> torch.Tensor:
+    """Room for the hidden states that a stage receives for ``inputs``."""
+    return torch.empty(stage.hidden_shape(inputs.input_ids), dtype=dtype, device=inputs.input_ids.device)
+
+
+def scores_through_stages(run: Callable, stage: nn.Module, link: StageLink, context: ParallelContext,
+                          dtype: torch.dtype, num_scored: Sequence[int], micro_batch: Callable[[int], ModelInputs],
+                          temperature: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Run micro-batches forward through the pipeline; every stage gets the last one's (log-probs, entropies).
+
+    Stages work on different micro-batches at the same time. ``run`` is ``stage`` or the engine around it.
+    """
+    results = []
+    for i, n in enumerate(num_scored):
+        inputs = micro_batch(i)
+        received = None
+        if not context.is_first_stage:
+            received = hidden_buffer(stage, inputs, dtype)
+            link.exchange([], [(received, context.pp_rank - 1)])
+        output = run(**inputs.as_kwargs(), hidden=received, temperature=temperature)
+        if not context.is_last_stage:
+            link.exchange([(output, context.pp_rank + 1)], [])
+            output = torch.empty(2, n, device=context.device).unbind()
+        results.append(output)
+    link.flush()
+    if context.pp_size == 1:
+        return results
+    joined = link.from_last(torch.cat([torch.stack([scores.float() for scores in pair]) for pair in results], 1))
+    return [tuple(part.unbind()) for part in joined.split(list(num_scored), 1)]

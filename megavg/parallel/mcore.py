@@ -126,14 +126,15 @@ def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelCo
         dp_group=parallel_state.get_data_parallel_group(), device=device)
 
 
-def layer_config(context: ParallelContext, dtype: torch.dtype):
+def layer_config(context: ParallelContext, dtype: torch.dtype, sequence_parallel: bool = False):
     """megatron-core's configuration for its tensor-parallel layers."""
     from megatron.core.model_parallel_config import ModelParallelConfig
 
     # perform_initialization=False would skip the tensor-parallel marks that the gradient norm counts by
     return ModelParallelConfig(
         tensor_model_parallel_size=context.tp_size, use_cpu_initialization=context.device.type == "cpu",
-        perform_initialization=True, params_dtype=dtype, pipeline_dtype=dtype, gradient_accumulation_fusion=False)
+        perform_initialization=True, params_dtype=dtype, pipeline_dtype=dtype, gradient_accumulation_fusion=False,
+        sequence_parallel=sequence_parallel)
 
 
 class DeepSpeedMpu:

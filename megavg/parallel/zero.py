@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megavg.parallel.context import ParallelContext
-from megavg.protocols.options import OptimizerConfig, ZeroConfig
+from megavg.protocols.options import ZeroConfig
 
 _GATHER_BYTES = 256 * 2**20
+_GATHER_COUNT = 64  # parameters in one collective
 
 
 def deepspeed_config(zero: ZeroConfig, gradient_clipping: float, dtype: torch.dtype) -> dict:
@@ -38,16 +40,57 @@ def deepspeed_config(zero: ZeroConfig, gradient_clipping: float, dtype: torch.dt
     }
     if dtype == torch.bfloat16:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    for wanted, what in ((zero.offload_optimizer, "optimizer"), (zero.offload_parameters, "param")):
+        if wanted:
+            config["zero_optimization"][f"offload_{what}"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if zero.offload_optimizer:
+        config["zero_force_ds_cpu_optimizer"] = False  # make_optimizer has chosen, and the log says what
     return config
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig, context: ParallelContext) -> torch.optim.Optimizer:
-    """AdamW in two groups: matrices decay, vectors (norms, biases) do not."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
-                             fused=context.device.type == "cuda")
+def check_deepspeed() -> None:
+    """Refuse a DeepSpeed without the undocumented names that this project stands on, before a model is loaded.
+
+    Raises:
+        RuntimeError: one of them is missing.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    needed = {"DeepSpeedZeroOptimizer_Stage3.clear_backward_seen_flag":
+                  hasattr(DeepSpeedZeroOptimizer_Stage3, "clear_backward_seen_flag"),
+              "DeepSpeedZeRoOffload's fwd_pre_hook":
+                  "fwd_pre_hook" in DeepSpeedZeRoOffload.setup_zero_stage3_hooks.__code__.co_names,
+              "DeepSpeedZeRoOffload's ds_inflight_param_registry":
+                  "ds_inflight_param_registry" in _constants(DeepSpeedZeRoOffload)}
+    missing = [name for name, is_there in needed.items() if not is_there]
+    if missing:
+        raise RuntimeError(f"deepspeed {deepspeed.__version__} has no {' and no '.join(missing)}; install the version "
+                           "pinned in requirements.txt")
+
+
+def _constants(cls: type) -> set:
+    """Names and texts that the constructor of ``cls`` mentions."""
+    code = cls.__init__.__code__
+    return {*code.co_names, *code.co_consts}
+
+
+def check_equal_groups(optimizer: torch.optim.Optimizer, context: ParallelContext) -> None:
+    """Refuse stages whose optimisers differ in their number of groups: the gradient norm would wait for ever.
+
+    Raises:
+        ValueError: on every rank of the pipeline alike.
+    """
+    if context.pp_size == 1:
+        return
+    mine = torch.tensor([len(optimizer.param_groups)], device=context.device)
+    counts = [torch.zeros_like(mine) for _ in range(context.pp_size)]
+    dist.all_gather(counts, mine, group=context.pp_group)
+    counts = [int(count) for count in counts]
+    if len(set(counts)) > 1:
+        raise ValueError(f"the pipeline stages train {counts} groups of parameters (matrices, vectors), which must be "
+                         "equally many; freeze less, or divide parallel.pipeline_layers otherwise")
 
 
 def gather_as_one(blocks: list[nn.Module]) -> None:
@@ -79,6 +122,74 @@ def remove_world_broadcast(engine) -> None:
         raise RuntimeError("this deepspeed has no optimizer.parameter_offload.fwd_pre_hook; install the version "
                            "pinned in requirements.txt")
     hook.remove()
+
+
+def prefetch_next(chains: Sequence[Sequence[nn.Module]], root: nn.Module) -> None:
+    """Have each block gather the parameters of the one that follows, or precedes in the backward, while it computes.
+
+    DeepSpeed's own prefetch replays a recorded trace, which ends with the hook that ``remove_world_broadcast`` drops.
+
+    Args:
+        chains: blocks in the order of their forwards; each is a leaf module of ZeRO-3.
+        root: the engine's module, which keeps what is in flight.
+    """
+    for chain in chains:
+        for i, block in enumerate(chain):
+            before, after = chain[i - 1] if i else None, chain[i + 1] if i + 1 < len(chain) else None
+            block.register_forward_pre_hook(lambda module, args, a=after: _start_gathering(a, root))
+            block.register_full_backward_pre_hook(lambda module, grads, b=before: _start_gathering(b, root))
+
+
+def _start_gathering(block: nn.Module | None, root: nn.Module) -> None:
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if block is None:
+        return
+    waiting = [p for p in block.parameters() if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    if waiting:
+        handle = waiting[0].all_gather_coalesced(waiting)
+        root.ds_inflight_param_registry.update(dict.fromkeys(waiting, handle))
+
+
+@contextlib.contextmanager
+def kept_gathered(module: nn.Module) -> Iterator[None]:
+    """Gather all parameters of a partitioned module and keep ZeRO-3 from releasing them inside the block."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    parameters = list(module.parameters())
+    user = -1  # DeepSpeed releases a parameter only when no module uses it, and numbers modules from 0
+    for start in range(0, len(parameters), _GATHER_COUNT):
+        part = [p for p in parameters[start:start + _GATHER_COUNT] if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if part:
+            part[0].all_gather_coalesced(part).wait()
+    for parameter in parameters:
+        parameter.ds_active_sub_modules.add(user)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.discard(user)
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_persist:
+                parameter.partition()
+
+
+def sum_tied_gradient(parameter: nn.Parameter) -> None:
+    """Add up the gradients that the first and the last stage have for their copies of one tied matrix."""
+    from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+    from megatron.core import parallel_state
+
+    gradient = safe_get_local_grad(parameter).clone()
+    dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
+    safe_set_local_grad(parameter, gradient)
+
+
+def gradients(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every trained parameter's accumulated gradient, whole along data parallelism, fp32; before the step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, safe_get_full_grad(parameter).float()
 
 
 def gathered(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

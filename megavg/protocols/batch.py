@@ -20,19 +20,19 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One image and question as the model reads them.
+    """A question about one image, several or none, as the model reads it.
 
     Attributes:
         input_ids: prompt tokens, image tokens expanded.
-        pixel_values: [num_patches, channels * temporal * patch * patch] fp32, normalised.
-        image_grid_thw: patches along time, height and width.
-        frame: the coordinates of this image that the model's family writes.
+        pixel_values: [num_patches, channels * temporal * patch * patch] fp32, normalised; images one after the other.
+        image_grid_thw: patches along time, height and width of each image.
+        frame: the coordinates of the LAST image that the model's family writes; None without an image.
     """
 
     input_ids: list[int]
     pixel_values: torch.Tensor
-    image_grid_thw: tuple[int, int, int]
-    frame: Frame
+    image_grid_thw: tuple[tuple[int, int, int], ...]
+    frame: Frame | None
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,15 @@ class ModelInputs:
 
     Attributes:
         input_ids: [B, S] int64, padded on the right. Attention is causal, so padding is never seen by real tokens.
+            With ``row_lengths`` it is [1, S] instead: sequences laid end to end, without padding.
         position_ids: [3, B, S] int64, mrope positions (time, height, width).
         target_ids: [B, S] int64, the token that position s has to predict, IGNORE where nothing is scored.
-        pixel_values: [num_patches, C] in the model's dtype; an image that several rows share comes once.
+        pixel_values: [num_patches, C] in the model's dtype; an image that several rows share comes once. Without any
+            image a small dummy, so that the vision tower runs on every rank alike.
         image_grid_thw: [num_images, 3] int64.
         feature_index: [num_image_tokens] int64; for each image token, rows first, which of the image features
             (those of all images one after the other) stands there.
+        row_lengths: lengths of the packed sequences, or None.
     """
 
     input_ids: torch.Tensor
@@ -55,8 +58,9 @@ class ModelInputs:
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
     feature_index: torch.Tensor
+    row_lengths: tuple[int, ...] | None = None
 
-    def as_kwargs(self) -> dict[str, torch.Tensor]:
+    def as_kwargs(self) -> dict:
         return dict(self.__dict__)
 
 

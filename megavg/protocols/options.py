@@ -17,12 +17,24 @@ class ZeroConfig:
         prefetch_bucket_size: how far ahead parameters are gathered.
         reduce_bucket_size: gradients are reduced in buckets of this size.
         overlap_comm: reduce gradients beside the backward (CUDA).
+        keep_gathered: keep a stage's weights whole from the first to the last micro-batch of a step, which gathers them
+            once a step instead of twice a micro-batch, for the memory of the stage's weights.
+        offload_optimizer: keep gradients' and optimiser's partitions in host memory.
+        offload_parameters: keep the parameters' partitions in host memory too.
     """
 
     param_persistence_threshold: int = 0
     prefetch_bucket_size: int = 50_000_000
     reduce_bucket_size: int = 50_000_000
     overlap_comm: bool = False
+    keep_gathered: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self):
+        if self.offload_parameters and not self.offload_optimizer:
+            raise ValueError("offload_parameters needs offload_optimizer=true: DeepSpeed moves parameters only together "
+                             "with the optimiser")
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,8 @@ class OptimizerConfig:
         schedule: what comes after: constant, or linear / cosine down to zero at the last step.
         betas, eps, weight_decay: AdamW's; vectors (norms, biases) do not decay.
         gradient_clipping: bound of the global gradient norm over all ranks; 0 switches it off.
+        implementation: who computes AdamW: auto takes NVIDIA apex on a GPU where it is installed, else torch's fused
+            one, and DeepSpeed's vectorised one for a GPU's optimiser in host memory. The log says which.
     """
 
     lr: float = 1e-6
@@ -44,6 +58,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     gradient_clipping: float = 1.0
+    implementation: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
 
     def __post_init__(self):
         if len(self.betas) != 2:
@@ -82,6 +97,36 @@ class HeadOptions:
             raise ValueError(f"cache_bytes={self.cache_bytes} must be a whole number that is not negative")
         if not 0 <= self.skip_mass < 1:
             raise ValueError(f"skip_mass={self.skip_mass} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a model's stages are built and run, beside the layout's sizes; the result does not depend on it.
+
+    Attributes:
+        head: how log-probs and entropies are computed.
+        recompute: keep only the input of each decoder layer and vision block, and run it again in the backward.
+        sequence_parallel: split norms and residuals over the tensor-parallel ranks by token (CUDA only).
+        freeze_vision_tower: do not train the vision tower.
+        freeze_projector: do not train what maps vision features to the decoder's width (the mergers).
+        pipeline_layers: decoder layers of each stage; empty divides them by cost.
+        image_token_share: share of image tokens in the data, which weighs the vision tower against decoder layers when
+            they are divided by cost.
+    """
+
+    head: HeadOptions = HeadOptions()
+    recompute: bool = False
+    sequence_parallel: bool = False
+    freeze_vision_tower: bool = False
+    freeze_projector: bool = False
+    pipeline_layers: tuple[int, ...] = ()
+    image_token_share: float = 0.75
+
+    def __post_init__(self):
+        if not 0 <= self.image_token_share <= 1:
+            raise ValueError(f"image_token_share={self.image_token_share} must be in 0..1")
+        if any(n < 1 for n in self.pipeline_layers):
+            raise ValueError(f"pipeline_layers={list(self.pipeline_layers)}: every stage needs a decoder layer")
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,26 @@
-"""The project's own generator: a plain copy of the tensor-parallel model with a key-value cache.
+"""The project's own generator: a plain copy of the model's stages with a key-value cache.
 
 ZeRO-3 would gather every layer for every token; instead the weights are gathered once per rollout phase into this copy.
 """
 
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+import dataclasses
+from typing import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megavg.models.base import Model, copy_weights
-from megavg.models.inputs import InputBuilder, scatter_rows
-from megavg.models.layers.mrope import next_position
+from megavg.models.inputs import InputBuilder
 from megavg.parallel.context import ParallelContext
-from megavg.protocols.batch import EncodedPrompt, TokenScores
+from megavg.parallel.engine import scores_through_stages
+from megavg.parallel.pipeline import StageLink
+from megavg.protocols.batch import EncodedPrompt, ModelInputs
 from megavg.protocols.options import SamplingParams
+from megavg.rollout.answers import Answers
 from megavg.rollout.base import Generation
-from megavg.rollout.kv_cache import SharedPrefixCache
-from megavg.rollout.sampling import draw, uniforms
+from megavg.rollout.sampling import draw
 
 
 class NativeGenerator:
@@ -30,11 +32,12 @@ class NativeGenerator:
 
     def __init__(self, model: Model, builder: InputBuilder, context: ParallelContext, dtype: torch.dtype,
                  end_token_ids: Sequence[int], forbidden_token_ids: Sequence[int], prompts_per_pass: int = 16):
-        if context.pp_size > 1:
-            raise ValueError("generation over pipeline stages is not there yet; set "
-                             "parallel.pipeline_model_parallel_size=1")
-        self.builder, self.context, self.prompts_per_pass = builder, context, prompts_per_pass
+        self.builder, self.context, self.dtype, self.prompts_per_pass = builder, context, dtype, prompts_per_pass
+        # single tokens do not divide over ranks, and without gradients there is nothing to recompute
+        options = dataclasses.replace(model.options, sequence_parallel=False, recompute=False)
+        model = dataclasses.replace(model, options=options)
         self.stage = model.build_stage(context, dtype).eval().requires_grad_(False)
+        self.link = StageLink(context)
         self.vocab_size = model.dims.vocab_size
         self.end_token_ids = torch.tensor(end_token_ids, device=context.device)
         self.forbidden = torch.zeros(self.vocab_size, dtype=torch.bool, device=context.device)
@@ -47,64 +50,85 @@ class NativeGenerator:
     @torch.no_grad()
     def generate(self, prompts: Sequence[EncodedPrompt], num_answers: int, params: SamplingParams,
                  streams: Sequence[str]) -> Generation:
-        """Sample ``num_answers`` answers per prompt from one prefill of it.
+        """Sample ``num_answers`` answers per prompt from one prefill of it; every stage gets them all.
 
         The same ``streams`` give the same answers whatever the pass size and the layout, up to rounding of logits.
         """
-        passes = [self._generate_pass(prompts[i:i + self.prompts_per_pass], num_answers, params,
-                                      streams[i:i + self.prompts_per_pass])
-                  for i in range(0, len(prompts), self.prompts_per_pass)]
-        width = max(part.logprobs.shape[1] for part in passes)
-        logprobs = torch.cat([torch.nn.functional.pad(part.logprobs, (0, width - part.logprobs.shape[1]))
-                              for part in passes])
-        return Generation([r for part in passes for r in part.responses], logprobs,
-                          [t for part in passes for t in part.truncated])
+        parts = []
+        for start in range(0, len(prompts), self.prompts_per_pass):
+            chosen = slice(start, start + self.prompts_per_pass)
+            parts += self._generate_pass(prompts[chosen], num_answers, params, streams[chosen])
+        width = max(int(part.lengths.max()) for part in parts)
+        logprobs = torch.cat([part.logprobs[:, :width] for part in parts])
+        return Generation([response for part in parts for response in part.responses], self.link.from_last(logprobs),
+                          [truncated for part in parts for truncated in part.running.tolist()])
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[EncodedPrompt], prompt_of_row: Sequence[int], responses: Sequence[Sequence[int]],
-              width: int, temperature: float) -> TokenScores:
-        """Teacher-force given answers: log-probs and entropies [B, width], zeros on padding."""
-        inputs = self.builder.build(prompts, prompt_of_row, responses)
-        scores = self.stage(**inputs.as_kwargs(), temperature=temperature)
-        lengths = [len(response) for response in responses]
-        return TokenScores(*(scatter_rows(values, lengths, width) for values in scores))
+    def score(self, num_scored: Sequence[int], micro_batch: Callable[[int], ModelInputs],
+              temperature: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Teacher-force given answers: (log-probs [N], entropies [N]) of each micro-batch, on every stage."""
+        return scores_through_stages(self.stage, self.stage, self.link, self.context, self.dtype, num_scored,
+                                     micro_batch, temperature)
 
-    def _generate_pass(self, prompts, num_answers: int, params: SamplingParams, streams) -> Generation:
-        rows = len(prompts) * num_answers
-        noise = torch.stack([uniforms(f"{stream}/{g}", params.max_new_tokens)
-                             for stream in streams for g in range(num_answers)]).to(self.context.device)
-        hidden, cache, positions = self._prefill(prompts, num_answers, params.max_new_tokens)
-        tokens = torch.full((rows, params.max_new_tokens), self.builder.pad_token_id, device=self.context.device)
-        logprobs = torch.zeros(rows, params.max_new_tokens, device=self.context.device)
-        lengths = torch.zeros(rows, dtype=torch.int64, device=self.context.device)
-        running = torch.ones(rows, dtype=torch.bool, device=self.context.device)
-        for t in range(params.max_new_tokens):
-            token, logprob = draw(self._logits(hidden), noise[:, t], params, self.forbidden)
-            self._agree(token)
-            tokens[:, t] = torch.where(running, token, tokens[:, t])
-            logprobs[:, t] = torch.where(running, logprob, 0.0)
-            lengths += running
-            running = running & ~torch.isin(token, self.end_token_ids)
-            if t + 1 == params.max_new_tokens or not running.any():
-                break
-            x = self.stage.embedding(tokens[:, t:t + 1])
-            hidden = self.stage.decode(x, (positions + t).expand(3, rows, 1), cache.step)[:, 0]
-            cache.advance()
-        responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
-        return Generation(responses, logprobs[:, :int(lengths.max())], running.tolist())
+    def _generate_pass(self, prompts, num_answers: int, params: SamplingParams, streams) -> list[Answers]:
+        """Answer ``prompts`` in as many groups as there are stages, so that every stage has one to work on.
 
-    def _prefill(self, prompts, num_answers: int, max_new_tokens: int):
-        """Run the prompts once: (last hidden state per answer [B, D], cache, next position per answer [B, 1])."""
-        inputs = self.builder.build(prompts, range(len(prompts)), [[]] * len(prompts))
-        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=self.context.device)
-        cache = SharedPrefixCache(lengths, num_answers, max_new_tokens)
-        x, deepstack = self.stage.embed(inputs.input_ids, inputs.pixel_values, inputs.image_grid_thw,
-                                        inputs.feature_index)
-        hidden = self.stage.decode(x, inputs.position_ids, cache.prefill, deepstack)
-        last = hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
-        following = torch.tensor([[next_position(self.builder.positions(prompt))] for prompt in prompts],
-                                 device=self.context.device)
-        return last.repeat_interleave(num_answers, 0), cache, following.repeat_interleave(num_answers, 0)
+        In tick n stage s does piece n - s; piece j is token j // stages of group j % stages. At the end of a tick hidden
+        states go to the next stage and drawn tokens from the last stage to all. So when the first stage takes up a group
+        again, its tokens have come back, and every stage sees by itself which answers have ended.
+        """
+        size, rank = self.context.pp_size, self.context.pp_rank
+        per_group = -(-len(prompts) // size)
+        groups = [Answers(self.stage, self.builder, prompts[i:i + per_group], num_answers, params,
+                          streams[i:i + per_group], self.context.device) for i in range(0, len(prompts), per_group)]
+
+        def piece(j: int) -> Answers | None:
+            """The group of piece j, or None where there is nothing to do."""
+            group = groups[j % size] if j >= 0 and j % size < len(groups) else None
+            return group if group is not None and group.wants(j // size) else None
+
+        tick, received = 0, None
+        while any(group.wants_more for group in groups):
+            mine, tokens, hidden = piece(tick - rank), None, None
+            if mine is not None:
+                hidden = mine.advance((tick - rank) // size, received)
+            # what others have made, as this stage knows before it hears of it
+            drawn, following = piece(tick - size + 1), piece(tick + 1 - rank) if rank else None
+            if self.context.is_last_stage and mine is not None:
+                tokens = self._draw(mine, hidden, params)
+            received = following and following.hidden_buffer((tick + 1 - rank) // size, self.dtype)
+            self._exchange(hidden, tokens, received, None if self.context.is_last_stage else drawn)
+            tick += 1
+        self.link.flush()
+        return groups
+
+    def _exchange(self, hidden: torch.Tensor | None, tokens: torch.Tensor | None, received: torch.Tensor | None,
+                  drawn: Answers | None) -> None:
+        """The end of a tick: hand on what this stage made, and take what it needs for the next one.
+
+        ``tokens`` are those that the last stage drew; on the other stages ``drawn`` is the group they belong to.
+        """
+        last, rank = self.context.pp_size - 1, self.context.pp_rank
+        sends, receives = [], []
+        if rank == last:
+            sends = [(tokens, stage) for stage in range(last)] if tokens is not None else []
+        elif hidden is not None:
+            sends = [(hidden, rank + 1)]
+        if received is not None:
+            receives.append((received, rank - 1))
+        if drawn is not None:
+            tokens = drawn.token_buffer()
+            receives.append((tokens, last))
+        self.link.exchange(sends, receives)
+        if drawn is not None:
+            drawn.record(tokens, self.end_token_ids)
+
+    def _draw(self, group: Answers, hidden: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+        """Draw the next token of each answer [rows] from the last hidden states [rows, D], and record it."""
+        token, logprob = draw(self._logits(hidden), group.next_noise, params, self.forbidden)
+        self._agree(token)
+        group.record(token, self.end_token_ids, logprob)
+        return token
 
     def _agree(self, token: torch.Tensor) -> None:
         """Take the first tensor-parallel rank's tokens: sums on a GPU may round differently from rank to rank."""

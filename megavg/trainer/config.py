@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megavg.protocols.config import ConfigError, apply_overrides, build, read_yaml, to_tree
-from megavg.protocols.options import HeadOptions, OptimizerConfig, SamplingParams, ZeroConfig
+from megavg.protocols.options import HeadOptions, OptimizerConfig, SamplingParams, StageOptions, ZeroConfig
 from megavg.protocols.plugin import load_module, nearest
 
 
@@ -32,12 +32,16 @@ class ModelConfig:
         path: Hugging Face checkpoint directory of a Qwen-VL model.
         dtype: of parameters and activations; optimiser state is fp32 either way.
         min_pixels, max_pixels: limits of an image after the resize; None takes the checkpoint's own.
+        freeze_vision_tower: train all but the vision tower's blocks and patch embedding.
+        freeze_projector: do not train what maps vision features to the decoder's width (the mergers).
     """
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    freeze_vision_tower: bool = False
+    freeze_projector: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,30 @@ class ParallelConfig:
 
     Attributes:
         tensor_model_parallel_size: ranks that share every layer.
-        pipeline_model_parallel_size: stages; more than 1 is not there yet.
+        pipeline_model_parallel_size: stages that follow each other; 1F1B over the micro-batches.
+        pipeline_layers: decoder layers of each stage; empty divides them by cost, the vision tower and the head counted.
+        image_token_share: share of image tokens in the data, which weighs the vision tower in that division.
+        sequence_parallel: split norms and residuals over the tensor-parallel ranks by token (GPU only).
+        recompute: keep only the input of each decoder layer and vision block and run it again in the backward.
         zero: how ZeRO-3 partitions over the data-parallel ranks.
         timeout_minutes: a collective that waits longer ends the run.
     """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    pipeline_layers: list[int] = field(default_factory=list)
+    image_token_share: float = 0.75
+    sequence_parallel: bool = False
+    recompute: bool = False
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     timeout_minutes: float = 30.0
 
     def __post_init__(self):
-        _at_least(self, 1, "tensor_model_parallel_size")
-        if self.pipeline_model_parallel_size != 1:
-            raise ValueError(f"pipeline_model_parallel_size={self.pipeline_model_parallel_size}: generation over "
-                             "pipeline stages is not there yet; set it to 1 and use tensor parallelism")
+        _at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        StageOptions(pipeline_layers=tuple(self.pipeline_layers), image_token_share=self.image_token_share)  # checks
+        if self.pipeline_layers and len(self.pipeline_layers) != self.pipeline_model_parallel_size:
+            raise ValueError(f"pipeline_layers={self.pipeline_layers} must be one number for each of "
+                             f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} stages")
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,11 @@ class TrainerConfig:
     Attributes:
         output_dir: where everything of the run goes.
         num_steps: optimiser batches.
-        micro_batch_size: answers per forward and backward on a rank; the result does not depend on it.
+        micro_batch_size: answers per forward and backward on a rank, laid end to end without padding; the result does
+            not depend on it, nor on the two that follow.
+        micro_batch_tokens: at most so many tokens of them, prompts included; 0 sets no limit.
+        micro_batch_patches: at most so many image patches of them, which bounds the vision tower's activations; 0 sets
+            no limit. An image that several answers share counts once.
         updates_per_batch: optimiser steps on the same answers.
         seed: of the data order and of sampling.
         save_every: steps between checkpoints; 0 saves none. The last ``keep_last`` are kept.
@@ -173,6 +190,8 @@ class TrainerConfig:
     output_dir: str
     num_steps: int = 100
     micro_batch_size: int = 8
+    micro_batch_tokens: int = 0
+    micro_batch_patches: int = 0
     updates_per_batch: int = 1
     seed: int = 0
     save_every: int = 0
@@ -186,7 +205,7 @@ class TrainerConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "num_steps", "micro_batch_size", "updates_per_batch", "keep_last", "log_every")
-        _at_least(self, 0, "save_every", "picture_every")
+        _at_least(self, 0, "save_every", "picture_every", "micro_batch_tokens", "micro_batch_patches")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite cannot both be true")
 
@@ -206,6 +225,12 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     head: HeadOptions = field(default_factory=HeadOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def stage_options(self) -> StageOptions:
+        """What the model's stages need to know of this configuration."""
+        model, parallel = self.model, self.parallel
+        return StageOptions(self.head, parallel.recompute, parallel.sequence_parallel, model.freeze_vision_tower,
+                            model.freeze_projector, tuple(parallel.pipeline_layers), parallel.image_token_share)
 
     def tree(self) -> dict:
         """The resolved configuration as it can be written to YAML and read again."""

@@ -35,15 +35,15 @@ class PhaseClock:
         return torch.tensor(float(value), device=self.device)
 
 
-def batch_metrics(batch: RolloutBatch, stats: TokenScores | None, entropy_sums: list,
+def batch_metrics(batch: RolloutBatch, stats: TokenScores | None, entropy_sum: torch.Tensor,
                   reference_logprobs: torch.Tensor | None) -> dict[str, float]:
     """Entropy, self-information, KL and lengths over the whole optimiser batch.
 
-    ``entropy/mean`` is the mean token entropy in nats under the policy being updated, ``kl/reference`` the mean k3
+    ``entropy_sum`` is that of this data-parallel rank's tokens. ``entropy/mean`` is the mean token entropy in nats under the policy being updated, ``kl/reference`` the mean k3
     estimate of the KL of the behaviour policy to the reference, in nats per token.
     """
     mask = batch.mask
-    sums = [mask.sum().float(), torch.tensor(float(mask.shape[0]), device=mask.device), torch.stack(entropy_sums).sum()]
+    sums = [mask.sum().float(), torch.tensor(float(mask.shape[0]), device=mask.device), entropy_sum]
     if stats is not None:
         sums += [(-stats.logprobs * mask).sum()]
     if reference_logprobs is not None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from megavg.checkpoint.export import hf_tensors
 from megavg.checkpoint.hf import write_checkpoint
 from megavg.models.base import DTYPES, copy_weights, load_model
 from megavg.models.inputs import InputBuilder, scatter_rows
 from megavg.models.processor import Processor
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.engine import MicroBatchLoss, ZeroEngine
+from megavg.parallel.zero import check_deepspeed
 from megavg.protocols.batch import EncodedPrompt, ModelInputs, TokenScores
-from megavg.protocols.options import HeadOptions, OptimizerConfig, ZeroConfig
+from megavg.protocols.options import OptimizerConfig, StageOptions, ZeroConfig
 from megavg.rollout.native import NativeGenerator
 from megavg.trainer.config import ModelConfig
 
@@ -29,13 +31,15 @@ class Policy:
     """
 
     def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, zero: ZeroConfig, context: ParallelContext,
-                 with_reference: bool, prompts_per_pass: int, head: HeadOptions = HeadOptions()):
+                 with_reference: bool, prompts_per_pass: int, options: StageOptions = StageOptions()):
+        check_deepspeed()
         self.context, self.dtype = context, DTYPES[config.dtype]
-        self.model = load_model(config.path, head)
+        self.model = load_model(config.path, options)
         self.processor = Processor.from_pretrained(config.path, self.model.spec.box_format, config.min_pixels,
                                                    config.max_pixels)
         self.builder = InputBuilder(self.processor.image_token_id, self.processor.pad_token_id,
-                                    self.model.config.vision_config.spatial_merge_size, self.dtype, context.device)
+                                    self.model.config.vision_config.spatial_merge_size, self.processor.patch_dim,
+                                    self.dtype, context.device, with_images=context.is_first_stage)
         self.generator = NativeGenerator(self.model, self.builder, context, self.dtype, self.processor.end_token_ids,
                                          self.processor.forbidden_token_ids, prompts_per_pass)
         self.engine = self._engine(zero, optimizer)
@@ -45,7 +49,7 @@ class Policy:
     def _engine(self, zero: ZeroConfig, optimizer: OptimizerConfig | None) -> ZeroEngine:
         stage = self.model.build_stage(self.context, self.dtype)
         copy_weights(stage, self.model.hf_weights(stage, self.context))
-        return ZeroEngine(stage, self.model.dims.hidden_size, self.context, self.dtype, zero, optimizer)
+        return ZeroEngine(stage, self.context, self.dtype, zero, optimizer)
 
     def sync(self) -> NativeGenerator:
         """The generator with the trained weights, which are gathered once after each update."""
@@ -57,19 +61,21 @@ class Policy:
     def score(self, prompts: Sequence[EncodedPrompt], prompt_of_row: Sequence[int], responses: Sequence[Sequence[int]],
               rows: Sequence[range], width: int, temperature: float) -> TokenScores:
         """Log-probs and entropies [B, width] of given answers under the trained weights, without a gradient."""
-        generator = self.sync()
-        parts = [generator.score(*_select(prompts, prompt_of_row, responses, r), width, temperature) for r in rows]
-        return TokenScores(torch.cat([p.logprobs for p in parts]), torch.cat([p.entropy for p in parts]))
+        return self._scores(self.sync().score, (prompts, prompt_of_row, responses), rows, width, temperature)
 
     def reference_logprobs(self, prompts, prompt_of_row, responses, rows: Sequence[range], width: int,
                            temperature: float) -> torch.Tensor:
         """Log-probs [B, width] of given answers under the frozen starting model."""
-        parts = []
-        for r in rows:
-            selected = _select(prompts, prompt_of_row, responses, r)
-            logprobs, _ = self.reference.scores(self.builder.build(*selected), temperature)
-            parts.append(scatter_rows(logprobs, [len(response) for response in selected[2]], width))
-        return torch.cat(parts)
+        scores = self._scores(self.reference.scores, (prompts, prompt_of_row, responses), rows, width, temperature)
+        return scores.logprobs
+
+    def _scores(self, score: Callable, answers: tuple, rows: Sequence[range], width: int,
+                temperature: float) -> TokenScores:
+        lengths = [[len(answers[2][b]) for b in part] for part in rows]
+        found = score([sum(part) for part in lengths],
+                      lambda i: self.builder.build(*_select(*answers, rows[i])), temperature)
+        return TokenScores(*(torch.cat([scatter_rows(values, part, width) for values, part in zip(all_values, lengths)])
+                             for all_values in zip(*found)))
 
     def update(self, prompts, prompt_of_row, responses, rows: Sequence[range], loss: MicroBatchLoss,
                temperature: float, lr: float) -> tuple[float, float]:
@@ -84,12 +90,19 @@ class Policy:
 
     def take_dropped_mass(self) -> float:
         """Probability that the backwards since the last call left out, summed over all tokens and all ranks."""
-        head = self.engine.stage.head
-        mass = self.context.sum_over_data(head.dropped_mass.to(self.context.device).float())
+        head = self.engine.stage.head if self.context.is_last_stage else None
+        mass = torch.zeros((), device=self.context.device) if head is None else \
+            head.dropped_mass.to(self.context.device).float()
+        mass = self.context.sum_over_data(mass)
         if self.context.tp_size > 1:
             dist.all_reduce(mass, group=self.context.tp_group)  # each rank counts its own rows of the vocabulary
-        head.dropped_mass.zero_()
-        return float(mass)
+        if head is not None:
+            head.dropped_mass.zero_()
+        return float(self.from_last(mass))
+
+    def from_last(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the last pipeline stage knows, on every stage; the others bring the same shape and dtype."""
+        return self.engine.link.from_last(tensor)
 
     def load(self, folder: Path) -> None:
         """Restore weights and optimiser state from a checkpoint's folder."""
@@ -98,23 +111,13 @@ class Policy:
 
     def export_hf(self, out_dir: Path) -> None:
         """Write the trained model as a Hugging Face checkpoint like the one it started from; all ranks call it."""
-        tensors = self._hf_tensors()
+        tensors = hf_tensors(self.engine.weights(), self.model.weight_map(self.context.tp_size), self.context)
         if self.context.rank == 0:
             write_checkpoint(out_dir, tensors, self.model.checkpoint)
         else:
             for _ in tensors:  # the gathers are collective
                 pass
         dist.barrier()
-
-    def _hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        weight_map = self.model.weight_map(self.context.tp_size)
-        for name, shard in self.engine.weights():
-            entry = weight_map[name]
-            shards = [shard]
-            if entry.axis is not None and self.context.tp_size > 1:
-                shards = [torch.empty_like(shard) for _ in range(self.context.tp_size)]
-                dist.all_gather(shards, shard.contiguous(), group=self.context.tp_group)
-            yield from entry.to_hf(shards).items()
 
 
 def _select(prompts, prompt_of_row, responses, rows: range):

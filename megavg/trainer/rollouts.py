@@ -46,7 +46,12 @@ class Rollouts:
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows, prompts counted once per answer."""
-        return sum(len(self.prompts[p].input_ids) + len(r) for p, r in zip(self.prompt_of_row, self.responses))
+        return sum(self.row_tokens)
+
+    @property
+    def row_tokens(self) -> list[int]:
+        """Tokens of each row, prompt and answer."""
+        return [len(self.prompts[p].input_ids) + len(r) for p, r in zip(self.prompt_of_row, self.responses)]
 
 
 def encode(samples: Sequence[Sample], processor: Processor, question: Callable[[str], str]) -> list[EncodedPrompt]:

@@ -40,9 +40,33 @@ def make_signal(algorithm: Algorithm, batch: RolloutBatch, stats: TokenScores | 
                         algorithm.weights(batch, stats, progress), old, reference_logprobs)
 
 
-def micro_batches(num_rows: int, size: int) -> list[range]:
-    """Rows of each micro-batch; the same on every data-parallel rank, since all have equally many rows."""
-    return [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+def micro_batches(tokens: Sequence[int], patches: Sequence[int], prompt_of_row: Sequence[int], max_rows: int,
+                  max_tokens: int = 0, max_patches: int = 0,
+                  agree: Callable[[int], int] = lambda count: count) -> list[range]:
+    """Rows of each micro-batch: consecutive, as many as the limits allow; a row beyond a limit stands alone.
+
+    Args:
+        tokens: of each row, prompt and answer.
+        patches: of the images of each prompt, which a micro-batch encodes once however many rows ask about them.
+        max_rows, max_tokens, max_patches: limits of a micro-batch; 0 sets none.
+        agree: this rank's number of micro-batches -> the number that all data-parallel ranks take (their largest).
+    """
+    parts: list[range] = []
+    start = 0
+    for stop in range(1, len(tokens) + 1):
+        row = stop - 1
+        wanted = sum(patches[p] for p in {prompt_of_row[b] for b in range(start, stop)})
+        too_much = stop - start > max_rows or 0 < max_tokens < sum(tokens[start:stop]) or 0 < max_patches < wanted
+        if too_much and row > start:
+            parts.append(range(start, row))
+            start = row
+    parts.append(range(start, len(tokens)))
+    count = agree(len(parts))
+    while len(parts) < count:
+        longest = max((part for part in parts if len(part) > 1), key=lambda part: sum(tokens[b] for b in part))
+        at, middle = parts.index(longest), longest.start + len(longest) // 2
+        parts[at:at + 1] = [range(longest.start, middle), range(middle, longest.stop)]
+    return parts
 
 
 def micro_batch_loss(algorithm: Algorithm, signal: PolicySignal, batch: RolloutBatch, rows: Sequence[range],

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megavg.checkpoint.train_state import checkpoints, read_train_state, save_train_state
 from megavg.data.shards import PromptSource, expand_shards
 from megavg.evaluation.draw import panel
+from megavg.models.layers.norm import rms_norm_name
 from megavg.parallel.mcore import make_context, start_processes
 from megavg.protocols.batch import RolloutBatch, TokenScores
 from megavg.rewards.base import load_rewards
@@ -48,7 +49,7 @@ class Trainer:
             self.context.dp_size, config.data.shuffle_buffer, config.data.on_error, config.data.max_skipped)
         self.policy = Policy(config.model, config.optimizer, parallel.zero, self.context,
                              with_reference=getattr(config.algorithm, "kl_coefficient", 0.0) != 0.0,
-                             prompts_per_pass=config.rollout.prompts_per_pass, head=config.head)
+                             prompts_per_pass=config.rollout.prompts_per_pass, options=config.stage_options())
         self.evaluator = Evaluator(
             self.policy, self.context, config.data.question, config.rollout.max_new_tokens,
             config.rollout.prompts_per_pass * 4, config.evaluation.limit, config.evaluation.pictures,
@@ -119,33 +120,33 @@ class Trainer:
 
     def score(self, rollouts: Rollouts) -> tuple[TokenScores, torch.Tensor | None]:
         """Log-probs and entropies of the behaviour policy, and log-probs of the reference where one is kept."""
-        rows = micro_batches(len(rollouts.responses), self.settings.micro_batch_size)
+        rows = self._micro_batches(rollouts)
         where = (rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows, rollouts.width, self._temperature)
         reference = self.policy.reference_logprobs(*where) if self.policy.reference is not None else None
         return self.policy.score(*where), reference
 
     def update(self, rollouts: Rollouts, batch: RolloutBatch, stats: TokenScores | None,
-               reference: torch.Tensor | None, step: int, progress: float) -> tuple[float, float, list]:
+               reference: torch.Tensor | None, step: int, progress: float) -> tuple[float, float, torch.Tensor]:
         """Let the algorithm weigh the tokens and take the optimiser steps.
 
-        Returns (loss, gradient norm before clipping, entropy sums of the micro-batches), all of the last step.
+        Returns (loss, gradient norm before clipping, this data-parallel rank's sum of entropies), of the last step.
         """
-        rows = micro_batches(len(rollouts.responses), self.settings.micro_batch_size)
+        rows = self._micro_batches(rollouts)
         where = (rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows)
         signal = make_signal(self.algorithm, batch, stats, reference, progress)
         for _ in range(self.settings.updates_per_batch):
             token_loss = micro_batch_loss(self.algorithm, signal, batch, rows, progress)
-            entropy_sums: list = []
+            entropy_sum = torch.zeros((), device=self.context.device)
 
             def loss(i, logprobs, entropy):
-                entropy_sums.append(entropy.detach().sum())
+                entropy_sum.add_(entropy.detach().sum())
                 return token_loss(i, logprobs, entropy)
 
             value, norm = self.policy.update(*where, loss, self._temperature, self._lr(step))
         if not math.isfinite(value) or not math.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: loss {value}, gradient norm {norm}; lower optimizer.lr, or set "
                                      "model.dtype=float32 to see whether it is rounding")
-        return value, norm, entropy_sums
+        return value, norm, self.policy.from_last(entropy_sum)
 
     def _sets_due(self, step: int) -> list[str]:
         """The sets to evaluate after ``step`` optimiser batches."""
@@ -235,6 +236,13 @@ class Trainer:
             save_resolved(self.config, self.folder / "config.yaml")
         dist.barrier()
 
+    def _micro_batches(self, rollouts: Rollouts) -> list[range]:
+        settings = self.settings
+        return micro_batches(
+            rollouts.row_tokens, [prompt.pixel_values.shape[0] for prompt in rollouts.prompts], rollouts.prompt_of_row,
+            settings.micro_batch_size, settings.micro_batch_tokens, settings.micro_batch_patches,
+            self.context.max_over_data)
+
     @property
     def _temperature(self) -> float:
         # greedy rollouts and written answers are scored at temperature 1
@@ -251,6 +259,8 @@ class Trainer:
         self.log.say(f"{model.spec.family} from {self.config.model.path}, {self.config.model.dtype}, "
                      f"{self.context.layout}, ZeRO-3, {self.context.device.type}; algorithm "
                      f"{self.config.algorithm_name} {self.algorithm.mark}")
+        self.log.say(f"AdamW by {self.policy.engine.optimizer_name}, RMSNorm by "
+                     f"{rms_norm_name(self.context.device.type)}; {self._stages()}")
         if self.start_step:
             self.log.say(f"resumed after step {self.start_step}")
         if self.context.is_writer:
@@ -259,6 +269,13 @@ class Trainer:
                 "layout": self.context.layout, "world_size": self.context.world_size,
                 "device": self.context.device.type, "algorithm": self.config.algorithm_name,
                 "algorithm_mark": self.algorithm.mark, "family": model.spec.family})
+
+    def _stages(self) -> str:
+        """Where the decoder's layers lie, for the log."""
+        stages = self.policy.model.stage_layers(self.context.pp_size)
+        if len(stages) == 1:
+            return f"{len(stages[0])} decoder layers in one stage"
+        return "decoder layers by stage: " + " | ".join(f"{s.start}..{s.stop - 1}" for s in stages)
 
     def _report(self, step: int, metrics: dict, rollouts: Rollouts, judgement: Judgement | None, seconds: float):
         tokens = self.context.sum_over_data(self.clock.tensor(rollouts.num_tokens))

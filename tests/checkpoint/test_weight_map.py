@@ -10,9 +10,9 @@ from megavg.models.base import load_model
 from tests.tiny_models import sharpened
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_round_trip_is_bit_equal(checkpoints, family, tied, tp_size):
     model = load_model(sharpened(checkpoints(family, tie_embeddings=tied)))
     weight_map = model.weight_map(tp_size)
@@ -51,6 +51,15 @@ def test_split_along_the_second_axis():
     shards = [entry.to_megavg([whole], 2, rank) for rank in (0, 1)]
     assert torch.equal(shards[1], whole[:, 2:]) and shards[1].is_contiguous()
     assert torch.equal(entry.to_hf(shards)["o"], whole)
+
+
+def test_copies_of_a_head_lie_on_neighbouring_ranks():
+    entry = WeightEntry("kv", ("k", "v"), 0, (2, 2), copies=2)
+    k, v = torch.tensor([[0.0], [1.0]]), torch.tensor([[10.0], [11.0]])
+    shards = [entry.to_megavg([k, v], 4, rank) for rank in range(4)]
+    assert [shard.flatten().tolist() for shard in shards] == [[0, 10], [0, 10], [1, 11], [1, 11]]
+    back = entry.to_hf(shards)
+    assert torch.equal(back["k"], k) and torch.equal(back["v"], v)
 
 
 def test_wrong_size_names_the_tensor():

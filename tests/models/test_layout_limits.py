@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megavg.models.base import copy_weights, load_model
-from megavg.models.layers.stage import layer_range
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.mcore import check_world_size
+from megavg.protocols.options import StageOptions
 
 
 def context(tensor: int = 1, pipeline: int = 1) -> ParallelContext:
@@ -18,10 +18,11 @@ def context(tensor: int = 1, pipeline: int = 1) -> ParallelContext:
 
 
 @pytest.mark.parametrize("family, fields, layout, message", [
-    ("qwen3_vl", {}, {"tensor": 4}, "2 key-value heads .* not divisible by parallel.tensor_model_parallel_size=4"),
+    ("qwen2_5_vl", {"num_heads": 12, "num_kv_heads": 6, "hidden_size": 96}, {"tensor": 4},
+     "6 key-value heads .* neither divide by parallel.tensor_model_parallel_size=4 nor divide it"),
     ("qwen3_vl", {}, {"tensor": 3}, "4 attention heads .* not divisible"),
-    ("qwen3_vl", {}, {"pipeline": 2}, "first 3 layers, but the first of 2 stages holds 1 of 3"),
-    ("qwen2_5_vl", {"tie_embeddings": True}, {"pipeline": 2}, "ties embedding and head"),
+    ("qwen3_vl", {}, {"pipeline": 2}, "3 decoder layers do not fill .*=2 stages of which the first holds the 3 that deepstack"),
+    ("qwen2_5_vl", {}, {"pipeline": 4}, "3 decoder layers do not fill parallel.pipeline_model_parallel_size=4 stages"),
 ])
 def test_refused_layouts(checkpoints, family, fields, layout, message):
     model = load_model(checkpoints(family, **fields))
@@ -35,11 +36,21 @@ def test_world_size_names_the_options():
     check_world_size(8, 2, 2)
 
 
-@pytest.mark.parametrize("num_layers, pp_size", [(3, 2), (7, 3), (28, 4), (2, 2), (5, 5)])
-def test_stages_share_all_layers_evenly(num_layers, pp_size):
-    parts = [layer_range(num_layers, pp_size, rank) for rank in range(pp_size)]
-    assert [layer for part in parts for layer in part] == list(range(num_layers))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_sequence_parallelism_needs_a_gpu(checkpoints):
+    model = load_model(checkpoints("qwen3_vl"), StageOptions(sequence_parallel=True))
+    with pytest.raises(ValueError, match="parallel.sequence_parallel=true needs a GPU.*set it to false"):
+        model.build_stage(context(tensor=2), torch.float32)
+
+
+@pytest.mark.parametrize("layers, message", [
+    ((2, 2), "must be 2 numbers, one a stage, that sum to the model's 3 layers"),
+    ((3,), "must be 2 numbers"),
+    ((1, 2), "first stage 1 layers, but deepstack features enter the first 3; give it more"),
+])
+def test_given_stages_must_fit(checkpoints, layers, message):
+    model = load_model(checkpoints("qwen3_vl"), StageOptions(pipeline_layers=layers))
+    with pytest.raises(ValueError, match=message):
+        model.stage_layers(2)
 
 
 def test_weights_that_do_not_fit_are_refused():

@@ -72,12 +72,12 @@ def test_pixels_and_frame(checkpoints, family, size):
     prompt = processor.encode_prompt(image, TEXT)
     reference = Qwen2VLImageProcessorPil.from_pretrained(checkpoints / family)(images=[image], return_tensors="pt")
     assert torch.equal(prompt.pixel_values, reference["pixel_values"])
-    assert list(prompt.image_grid_thw) == reference["image_grid_thw"][0].tolist()
+    assert [list(grid) for grid in prompt.image_grid_thw] == reference["image_grid_thw"].tolist()
     assert prompt.pixel_values.dtype == torch.float32
-    by_hand = patches_by_hand(processor, image, prompt.image_grid_thw)
+    by_hand = patches_by_hand(processor, image, prompt.image_grid_thw[0])
     torch.testing.assert_close(prompt.pixel_values, by_hand, atol=1e-5, rtol=0)
 
-    _, rows, columns = prompt.image_grid_thw
+    (_, rows, columns), = prompt.image_grid_thw
     patch = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}[family]
     kind = "resized_px" if family == "qwen2_5_vl" else "relative_1000"
     frame = prompt.frame
@@ -90,7 +90,7 @@ def test_ids_equal_to_expanding_the_text(checkpoints, family):
     """transformers' processor repeats the image token in the text; here it is repeated among the ids."""
     processor = load(checkpoints, family)
     prompt = processor.encode_prompt(noise((131, 77)), TEXT)
-    time, rows, columns = prompt.image_grid_thw
+    (time, rows, columns), = prompt.image_grid_thw
     image_tokens = "<|image_pad|>" * (time * rows * columns // 4)
     text = (f"<|im_start|>user\n<|vision_start|>{image_tokens}<|vision_end|>{TEXT}<|im_end|>\n"
             "<|im_start|>assistant\n")
@@ -105,13 +105,36 @@ def test_transformers_runs_on_an_encoded_prompt(checkpoints, family):
     prompt = processor.encode_prompt(noise((200, 90)), TEXT)
     model = AutoModelForImageTextToText.from_pretrained(checkpoints / family, local_files_only=True).eval()
     ids = torch.tensor([prompt.input_ids])
-    inputs = {"pixel_values": prompt.pixel_values, "image_grid_thw": torch.tensor([prompt.image_grid_thw])}
-    positions = mrope_positions(prompt.input_ids, processor.image_token_id, [prompt.image_grid_thw], 2)
+    inputs = {"pixel_values": prompt.pixel_values, "image_grid_thw": torch.tensor(prompt.image_grid_thw)}
+    positions = mrope_positions(prompt.input_ids, processor.image_token_id, prompt.image_grid_thw, 2)
     with torch.no_grad():
         logits = model(input_ids=ids, mm_token_type_ids=(ids == processor.image_token_id).int(), **inputs).logits
         placed = model(input_ids=ids, position_ids=positions[:, None], **inputs).logits
     assert logits.shape == (1, len(prompt.input_ids), VOCAB_SIZE) and bool(torch.isfinite(logits).all())
     assert torch.equal(logits, placed)
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_several_images_and_none(checkpoints, family):
+    """Images come one after the other, each as it comes alone; the frame is the last one's."""
+    processor, images = load(checkpoints, family), [noise((60, 90)), noise((131, 77))]
+    alone = [processor.encode_prompt(image, "x") for image in images]
+    both = processor.encode_prompt(images, "x")
+    assert both.image_grid_thw == alone[0].image_grid_thw + alone[1].image_grid_thw and both.frame == alone[1].frame
+    assert torch.equal(both.pixel_values, torch.cat([prompt.pixel_values for prompt in alone]))
+    counts = [prompt.input_ids.count(processor.image_token_id) for prompt in (*alone, both)]
+    assert counts[2] == counts[0] + counts[1]
+    none = processor.encode_prompt([], "x")
+    assert none.image_grid_thw == () and none.frame is None and none.pixel_values.shape == (0, processor.patch_dim)
+    assert processor.image_token_id not in none.input_ids
+
+
+def test_videos_are_refused(checkpoints):
+    frames = np.zeros((4, 32, 32, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="expected an image, got ndarray; videos are not supported: give single frames"):
+        load(checkpoints, "qwen3_vl").encode_prompt(frames, "x")
+    with pytest.raises(ValueError, match="control token '<|video_pad|>'".replace("|", "\\|")):
+        load(checkpoints, "qwen3_vl").encode_prompt(noise((64, 64)), "<|video_pad|>")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA"])

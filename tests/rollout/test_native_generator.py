@@ -7,26 +7,37 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavg.models.inputs import scatter_rows
 from megavg.protocols.options import SamplingParams
 from tests.distributed import run_ranks
-from tests.tiny_models import builder_of, encode_pictures, hf_model, hf_scores, processor_of, sharpened
+from tests.tiny_models import builder_of, encode_pictures, hf_images, hf_model, hf_scores, processor_of, sharpened
 
-FAMILIES, TP_SIZES = ("qwen2_5_vl", "qwen3_vl"), (1, 2)
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FIELDS = {"vision_depth": 2, "num_layers": 5}  # the deepstack's two additions leave a layer for each of four stages
+ONE = "TP1"
+WORLDS = {2: {ONE: (1, 1), "TP2": (2, 1), "PP2": (1, 2)}, 4: {"TP4": (4, 1), "TP2 x PP2": (2, 2), "PP4": (1, 4)}}
+FOUR_RANKS = "qwen3_vl"  # the family that goes through all layouts: its deepstack is what pipelines may lose
+LAYOUTS = {layout: sizes for layouts in WORLDS.values() for layout, sizes in layouts.items()}
 NUM_ANSWERS, MAX_NEW_TOKENS = 3, 20
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
 TEMPERATURES = (0.7, 1.0)
-PASSES = (1, 3, 16)  # prompts_per_pass for the four prompts
+PASSES = (1, 3, 16)  # prompts_per_pass for the five prompts
 
 
 @pytest.fixture(scope="module")
 def folders(checkpoints):
-    return {family: sharpened(checkpoints(family)) for family in FAMILIES}
+    return {family: sharpened(checkpoints(family, **FIELDS)) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
 def measured(folders):
-    """What both of two ranks generated, by (family, tensor-parallel size)."""
-    return run_ranks(2, _measure_all, {family: str(folder) for family, folder in folders.items()})
+    """What every rank generated, by (family, layout): a list of ranks."""
+    paths, found = {family: str(folder) for family, folder in folders.items()}, {}
+    for world, layouts in WORLDS.items():
+        chosen = paths if world == 2 else {FOUR_RANKS: paths[FOUR_RANKS]}
+        ranks = run_ranks(world, _measure_all, chosen, list(layouts))
+        found.update({key: [rank[key] for rank in ranks] for key in ranks[0]})
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,24 +45,25 @@ def test_greedy_equals_transformers_generate(measured, folders, family):
     """Prompts of different lengths and picture sizes in one pass; some answers end early, some are cut."""
     expected = _hf_greedy(folders[family])
     assert len({len(answer) for answer in expected}) > 1
-    for tp_size in TP_SIZES:
-        assert measured[0][family, tp_size]["greedy"].responses == expected
+    for layout in _layouts(family):
+        for found in measured[family, layout]:
+            assert found["greedy"].responses == expected
 
 
-@pytest.mark.parametrize("tp_size", TP_SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampled_logprobs_equal_the_scorers(measured, family, tp_size):
-    for temperature in TEMPERATURES:
-        assert measured[0][family, tp_size]["gap to scorer"][temperature] <= 1e-5
-        assert measured[0][family, tp_size]["gap between micro-batches"][temperature] <= 1e-5
+def test_sampled_logprobs_equal_the_scorers(measured, family):
+    for found in (rank for layout in _layouts(family) for rank in measured[family, layout]):
+        for temperature in TEMPERATURES:
+            assert found["gap to scorer"][temperature] <= 1e-5
+            assert found["gap between micro-batches"][temperature] <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_logprobs_equal_transformers(measured, folders, family):
     model = hf_model(folders[family])
-    prompts = encode_pictures(_processor(folders[family]))
+    prompts = _prompts(_processor(folders[family]))
     for temperature in TEMPERATURES:
-        found = measured[0][family, 2]["sampled"][temperature]
+        found = measured[family, "TP2"][0]["sampled"][temperature]
         for b, response in enumerate(found.responses):
             with torch.no_grad():
                 theirs, _ = hf_scores(model, prompts[b // NUM_ANSWERS], response, temperature)
@@ -62,8 +74,8 @@ def test_sampled_logprobs_equal_transformers(measured, folders, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_answers_in_every_pass_size_and_layout(measured, family):
     for temperature in TEMPERATURES:
-        expected = measured[0][family, 1]["sampled"][temperature]
-        for found in (rank[family, tp_size] for rank in measured for tp_size in TP_SIZES):
+        expected = measured[family, ONE][0]["sampled"][temperature]
+        for found in (rank for layout in _layouts(family) for rank in measured[family, layout]):
             for other in [found["sampled"][temperature], *found["passes"][temperature]]:
                 assert other.responses == expected.responses
                 assert other.truncated == expected.truncated
@@ -72,7 +84,7 @@ def test_same_answers_in_every_pass_size_and_layout(measured, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streams_and_answers_differ(measured, family):
-    sampled, other = (measured[0][family, 1][key] for key in ("sampled", "other streams"))
+    sampled, other = (measured[family, ONE][0][key] for key in ("sampled", "other streams"))
     rows = sampled[1.0].responses
     assert len({tuple(row) for row in rows}) == len(rows)
     assert all(a != b for a, b in zip(rows, other.responses))
@@ -83,7 +95,7 @@ def test_end_token_stops_and_limit_truncates(measured, folders, family):
     ends = set(_end_tokens(_processor(folders[family])))
     seen = set()
     for temperature in TEMPERATURES:
-        found = measured[0][family, 1]["sampled"][temperature]
+        found = measured[family, ONE][0]["sampled"][temperature]
         for response, truncated in zip(found.responses, found.truncated):
             assert not ends & set(response[:-1])
             assert truncated == (response[-1] not in ends)
@@ -96,20 +108,19 @@ def test_end_token_stops_and_limit_truncates(measured, folders, family):
 def test_forbidden_tokens_are_never_sampled(measured, folders, family):
     """Two forbidden rows of the head point in opposite directions, so one of them always has the largest logit."""
     forbidden = set(_processor(folders[family]).forbidden_token_ids)
-    for found in measured[0][family, 1]["forbidden best"]:
+    for found in measured[family, ONE][0]["forbidden best"]:
         assert not forbidden & {token for response in found.responses for token in response}
         steps = torch.cat([row[:len(response)] for row, response in zip(found.logprobs, found.responses)])
         assert float(steps.median()) < -5, "the forbidden tokens must hold most of the probability"
 
 
-def test_pipeline_stages_are_refused(folders):
-    from megavg.models.base import load_model
-    from megavg.parallel.context import ParallelContext
-    from megavg.rollout.native import NativeGenerator
+def _layouts(family: str) -> list[str]:
+    return list(LAYOUTS) if family == FOUR_RANKS else list(WORLDS[2])
 
-    context = ParallelContext(2, 0, 1, 0, None, 2, 0, None, 1, 0, None, torch.device("cpu"))
-    with pytest.raises(ValueError, match="set parallel.pipeline_model_parallel_size=1"):
-        NativeGenerator(load_model(folders["qwen3_vl"]), None, context, torch.float32, [0], [1])
+
+def _prompts(processor) -> list:
+    """Four pictures and a question without one; an odd number, which stages cannot share evenly."""
+    return [*encode_pictures(processor), processor.encode_prompt([], "which way is up?")]
 
 
 def _processor(folder: Path):
@@ -127,11 +138,10 @@ def _end_tokens(processor) -> list[int]:
 def _hf_greedy(folder: Path) -> list[list[int]]:
     model, processor = hf_model(folder), _processor(folder)
     answers = []
-    for prompt in encode_pictures(processor):
+    for prompt in _prompts(processor):
         ids = torch.tensor([prompt.input_ids])
         output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values,
-            image_grid_thw=torch.tensor([prompt.image_grid_thw]),
+            input_ids=ids, attention_mask=torch.ones_like(ids), **hf_images(prompt),
             mm_token_type_ids=(ids == processor.image_token_id).int(), do_sample=False,
             max_new_tokens=MAX_NEW_TOKENS, suppress_tokens=list(processor.forbidden_token_ids),
             eos_token_id=_end_tokens(processor), pad_token_id=processor.pad_token_id)
@@ -139,15 +149,14 @@ def _hf_greedy(folder: Path) -> list[list[int]]:
     return answers
 
 
-def _measure_all(folders: dict[str, str]) -> bytes:
-    """Pickled here by value: a tensor in torch's queue lives only as long as the process that put it there."""
+def _measure_all(folders: dict[str, str], layouts: list[str]) -> dict:
     from megavg.parallel.mcore import make_context
 
     found = {}
-    for tp_size in TP_SIZES:
-        context = make_context(tp_size, 1, torch.device("cpu"))
+    for layout in layouts:
+        context = make_context(*LAYOUTS[layout], torch.device("cpu"))
         for family, folder in folders.items():
-            found[family, tp_size] = _measure(Path(folder), context)
+            found[family, layout] = _measure(Path(folder), context)
     return found
 
 
@@ -160,14 +169,15 @@ def _measure(folder: Path, context) -> dict:
     generator = NativeGenerator(model, builder_of(model, processor, context), context, torch.float32,
                                 _end_tokens(processor), processor.forbidden_token_ids)
     generator.load_weights(model.hf_weights(generator.stage, context))
-    prompts = encode_pictures(processor)
+    prompts = _prompts(processor)
     streams = [f"stream {p}" for p in range(len(prompts))]
     found = {"greedy": generator.generate(prompts, 1, GREEDY, streams), "sampled": {}, "passes": {},
              "gap to scorer": {}, "gap between micro-batches": {}}
     for temperature in TEMPERATURES:
         params = SamplingParams(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS)
         sampled = found["sampled"][temperature] = generator.generate(prompts, NUM_ANSWERS, params, streams)
-        found["passes"][temperature] = [_in_passes(generator, size, prompts, params, streams) for size in PASSES]
+        sizes = PASSES if context.world_size == 2 else PASSES[1:2]  # more processes than cores take turns
+        found["passes"][temperature] = [_in_passes(generator, size, prompts, params, streams) for size in sizes]
         gaps = _gaps(generator, prompts, sampled, temperature)
         found["gap to scorer"][temperature], found["gap between micro-batches"][temperature] = gaps
     found["other streams"] = generator.generate(prompts, NUM_ANSWERS, params, [f"other {s}" for s in streams])
@@ -185,16 +195,23 @@ def _in_passes(generator, size: int, prompts, params, streams):
 
 def _gaps(generator, prompts, sampled, temperature: float) -> tuple[float, float]:
     """Largest difference of log-probs: sampling to scorer, and scorer to scorer one row at a time."""
-    width = sampled.logprobs.shape[1]
-    rows = [b // NUM_ANSWERS for b in range(len(sampled.responses))]
-    together = generator.score(prompts, rows, sampled.responses, width, temperature)
-    alone = torch.cat([generator.score([prompts[p]], [0], [response], width, temperature).logprobs
-                       for p, response in zip(rows, sampled.responses)])
-    return (float((together.logprobs - sampled.logprobs).abs().max()), float((together.logprobs - alone).abs().max()))
+    prompt_of_row = [b // NUM_ANSWERS for b in range(len(sampled.responses))]
+    lengths, width = [len(response) for response in sampled.responses], sampled.logprobs.shape[1]
+
+    def scores(rows: list[list[int]]) -> torch.Tensor:
+        """Log-probs [B, width], ``rows`` a micro-batch each."""
+        parts = generator.score(
+            [sum(lengths[b] for b in part) for part in rows],
+            lambda i: generator.builder.build(prompts, [prompt_of_row[b] for b in rows[i]],
+                                              [sampled.responses[b] for b in rows[i]]), temperature)
+        return scatter_rows(torch.cat([logprobs for logprobs, _ in parts]), lengths, width)
+
+    together, alone = scores([list(range(len(lengths)))]), scores([[b] for b in range(len(lengths))])
+    return float((together - sampled.logprobs).abs().max()), float((together - alone).abs().max())
 
 
 def _with_forbidden_best(generator, processor, prompts, all_params, streams) -> list:
-    if generator.context.tp_size > 1:
+    if generator.context.tp_size * generator.context.pp_size > 1:
         return []
     weight, (first, second) = generator.stage.head.weight, processor.forbidden_token_ids[:2]
     weight[first] = 100 * weight[0]

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megavg.algorithms.ecvgpo import ECVGPO
 from megavg.algorithms.sft import SFT
@@ -45,10 +47,37 @@ def test_shares_by_hand():
         coefficients(batch, "sum")
 
 
+def cut_rows(num_rows: int, size: int) -> list[range]:
+    return micro_batches([1] * num_rows, [0] * num_rows, range(num_rows), size)
+
+
 def test_micro_batches_cover_every_row_once():
     for rows, size in ((8, 1), (8, 3), (8, 8), (8, 100), (1, 5)):
-        cut = micro_batches(rows, size)
+        cut = cut_rows(rows, size)
         assert [b for part in cut for b in part] == list(range(rows)) and max(map(len, cut)) <= size
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 6), st.integers(0, 80), st.integers(0, 60),
+       st.integers(0, 20))
+def test_micro_batches_keep_to_every_limit(tokens, group_size, max_tokens, max_patches, more):
+    prompt_of_row = [b // group_size for b in range(len(tokens))]
+    patches = [4 + 7 * p % 40 for p in range(prompt_of_row[-1] + 1)]
+    wanted = []
+    cut = micro_batches(tokens, patches, prompt_of_row, 4, max_tokens, max_patches,
+                        lambda count: wanted.append(min(count + more, len(tokens))) or wanted[0])
+    assert [b for part in cut for b in part] == list(range(len(tokens))) and all(cut)
+    assert len(cut) == wanted[0], "every rank takes as many as the one that needs most"
+    for part in cut:
+        images = sum(patches[p] for p in {prompt_of_row[b] for b in part})
+        assert len(part) <= 4
+        assert len(part) == 1 or not max_tokens or sum(tokens[b] for b in part) <= max_tokens
+        assert len({prompt_of_row[b] for b in part}) == 1 or not max_patches or images <= max_patches
+
+
+def test_a_shared_image_counts_once():
+    assert micro_batches([5] * 4, [100], [0] * 4, 8, max_patches=100) == [range(4)]
+    assert micro_batches([5] * 4, [100, 100], [0, 0, 1, 1], 8, max_patches=150) == [range(2), range(2, 4)]
 
 
 class TinyPolicy(torch.nn.Module):
@@ -69,7 +98,7 @@ def loss_and_gradient(algorithm, batch, stats, reference, data, size: int):
     features, tokens = data
     signal = make_signal(algorithm, batch, stats, reference, 0.5)
     policy = TinyPolicy()
-    rows = micro_batches(len(batch.rewards), size)
+    rows = cut_rows(len(batch.rewards), size)
     loss = micro_batch_loss(algorithm, signal, batch, rows, 0.5)
     total = 0.0
     for i, part in enumerate(rows):
@@ -160,7 +189,7 @@ def real_updates(checkpoint: str, sizes: list[int]) -> list[tuple[float, float, 
         rollouts = Rollouts(samples, prompts, responses, [False] * 8, group_size=4)
         rewards = torch.rand(8, generator=generator).tolist()
         batch = to_batch(rollouts, rewards, policy.processor, context.device, context.sum_over_data)
-        rows = micro_batches(8, size)
+        rows = cut_rows(8, size)
         where = (prompts, rollouts.prompt_of_row, responses, rows)
         stats = policy.score(*where, rollouts.width, 1.0)
         algorithm = ECVGPO(ECVGPO.Config(alpha=0.4, entropy_coefficient=0.01))
