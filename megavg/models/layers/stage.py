@@ -80,9 +80,14 @@ class QwenVLStage(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """What ZeRO-3 gathers and releases as one piece each."""
+        """What ZeRO-3 gathers and releases as one piece each.
+
+        DeepSpeed takes the gradients of such a piece when the gradient of its input is there. A trained projector
+        behind a frozen vision tower has no such input, so it is gathered module by module.
+        """
         vision, layers = self.chains
-        return [*vision, *self.projectors, *layers]
+        is_cut_off = _is_trained(self.projectors) and not _is_trained(vision)
+        return [*vision, *([] if is_cut_off else self.projectors), *layers]
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor,
               feature_index: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -150,3 +155,7 @@ class QwenVLStage(nn.Module):
         """The inverse of ``_scatter``; the head gives every rank the whole gradient, of which each keeps its rows."""
         x = tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         return x[:shape[0] * shape[1]].view(*shape, -1)
+
+
+def _is_trained(modules: Sequence[nn.Module]) -> bool:
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
