@@ -31,7 +31,7 @@ from tools.local_ranks import answer, progress, run_local
 DEFAULT_LAYOUTS = ("tp2dp2", "pp2dp2", "tp2pp2", "pp4", "tp4", "tp2pp2dp2")
 FIGURES = ("logprobs", "entropy", "loss", "gradients", "norm", "weights")
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
-GRADIENTS_TOLERANCE = 10  # times the other figures': single entries, after sums in another order
+_TIMEOUT = 7 * 86400.0  # seconds; a rank that hangs ends the others much sooner, as their collectives give up
 
 
 class Layout(NamedTuple):
@@ -97,8 +97,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="train all but the vision tower (default: off)")
     parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32", help="of the layouts; the one process "
                         "computes in fp32 from weights rounded to it (default: float32)")
-    parser.add_argument("--tolerance", type=float, help="largest difference: log-probs and entropies in nats, the rest "
-                        f"relative; {GRADIENTS_TOLERANCE} times as much for single gradients (default: 1e-5). With "
+    parser.add_argument("--tolerance", type=float, help="largest difference: log-probs and entropies in nats, "
+                        "the rest relative, a gradient or weight to the largest of its tensor (default: 1e-5). With "
                         "bfloat16 only the loss is judged (default: 1e-2)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     arguments = parser.parse_args(argv)
@@ -144,7 +144,8 @@ def measure_all(arguments: argparse.Namespace, folder: str) -> list[dict]:
     checkpoint = os.path.abspath(arguments.checkpoint or os.path.join(folder, "tiny"))
     common = {"checkpoint": checkpoint, "dtype": arguments.dtype, "folder": folder}
     _say(f"one process: transformers' model of {arguments.checkpoint or 'a tiny ' + arguments.tiny}")
-    (refused,) = run_local(1, __file__, common | {"tiny": arguments.tiny, "tied": arguments.tied, "frozen": frozen})
+    (refused,) = run_local(1, __file__, common | {"tiny": arguments.tiny, "tied": arguments.tied, "frozen": frozen},
+                           _TIMEOUT)
     if refused:
         raise ValueError(refused)
     rows = []
@@ -152,7 +153,7 @@ def measure_all(arguments: argparse.Namespace, folder: str) -> list[dict]:
         cases = [{"layout": layout, "recompute": again, "frozen_tower": freeze}
                  for layout, freeze, again in itertools.product(layouts, frozen, recompute)]
         _say(f"{world} process{'es' if world > 1 else ''}: {len(cases)} to measure")
-        rows += run_local(world, __file__, common | {"cases": cases})[0]
+        rows += run_local(world, __file__, common | {"cases": cases}, _TIMEOUT)[0]
     return rows
 
 
@@ -205,7 +206,7 @@ def _reference_file(task: dict, frozen: bool) -> str:
 def judge(row: dict, dtype: str, tolerance: float) -> bool:
     """Whether a measured row's differences are small enough."""
     judged = FIGURES if dtype == "float32" else ("loss",)
-    return all(row[key] <= tolerance * (GRADIENTS_TOLERANCE if key == "gradients" else 1) for key in judged)
+    return all(row[key] <= tolerance for key in judged)
 
 
 def _say(text: str) -> None:
@@ -222,7 +223,7 @@ def _cells(row: dict) -> list[str]:
 
 def report(rows: list[dict], arguments: argparse.Namespace) -> bool:
     """Print the table and the verdict; returns whether all is well."""
-    is_well = True
+    is_well = any("ok" in row for row in rows)
     print("  ".join([f"{'layout':10s}", f"{'recompute':9s}", f"{'frozen':6s}", *(f"{key:>9s}" for key in FIGURES)]))
     for row in rows:
         if "refused" in row:
@@ -233,10 +234,8 @@ def report(rows: list[dict], arguments: argparse.Namespace) -> bool:
         print("  ".join([*_cells(row), "ok" if row["ok"] else "PAST THE TOLERANCE"]))
         if not row["ok"]:
             print(f"{'':10s}  worst gradient: {row['worst_gradient']}; worst weight: {row['worst_weight']}")
-    judged = f"{arguments.tolerance:g}, gradients {GRADIENTS_TOLERANCE * arguments.tolerance:g}"
-    if arguments.dtype != "float32":
-        judged = f"{arguments.tolerance:g}, of which only the loss is judged"
-    print(f"{'PASS' if is_well else 'FAIL'}: {arguments.dtype}, tolerance {judged}")
+    judged = "" if arguments.dtype == "float32" else "; only the loss is judged"
+    print(f"{'PASS' if is_well else 'FAIL'}: {arguments.dtype}, tolerance {arguments.tolerance:g}{judged}")
     return is_well
 
 

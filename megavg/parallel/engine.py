@@ -157,8 +157,8 @@ class ZeroEngine:
         for work, following in zip(order, [*order[1:], None]):
             buffer = received[0][0] if received else None
             if work.is_forward:
-                output = forward(work.index, inputs.pop(work.index), None if buffer is None else buffer.requires_grad_())
-                to = ahead
+                hidden = None if buffer is None else buffer.requires_grad_()
+                output, to = forward(work.index, inputs.pop(work.index), hidden), ahead
                 if output is not None:
                     shapes[work.index] = output.shape
             else:

@@ -108,7 +108,7 @@ def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelCo
 
     check_world_size(dist.get_world_size(), tensor, pipeline)
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False)
     if device.type == "cuda":
@@ -124,6 +124,21 @@ def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelCo
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_size=parallel_state.get_data_parallel_world_size(), dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=parallel_state.get_data_parallel_group(), device=device)
+
+
+def _leave_groups() -> None:
+    """Give up megatron-core's groups of an earlier layout in this process.
+
+    megatron-core only forgets them. A gloo group keeps three threads that wake up a hundred times a second, and a layout has
+    some twenty groups, so a process that goes through many layouts would come to a stand.
+    """
+    from megatron.core import parallel_state
+
+    groups = [value for value in vars(parallel_state).values() if isinstance(value, dist.ProcessGroup)]
+    parallel_state.destroy_model_parallel()
+    for group in dict.fromkeys(groups):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def layer_config(context: ParallelContext, dtype: torch.dtype, sequence_parallel: bool = False):

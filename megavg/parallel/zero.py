@@ -117,7 +117,8 @@ def forget_backward(engine) -> None:
 
 def remove_world_broadcast(engine) -> None:
     """Drop ZeRO-3's root pre-forward hook, whose world-wide broadcast hangs pipeline stages."""
-    hook = getattr(getattr(engine.optimizer, "parameter_offload", None), "fwd_pre_hook", None)
+    # without an optimiser DeepSpeed puts the owner of the hook in its place
+    hook = getattr(getattr(engine.optimizer, "parameter_offload", engine.optimizer), "fwd_pre_hook", None)
     if hook is None:
         raise RuntimeError("this deepspeed has no optimizer.parameter_offload.fwd_pre_hook; install the version "
                            "pinned in requirements.txt")

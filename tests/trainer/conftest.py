@@ -15,6 +15,10 @@ CLOSED_LOOP = ("algorithm.target_entropy=1.0", "algorithm.kappa=0.1", "trainer.n
                "evaluation.every=3", "evaluation.limit=2")
 
 
+WARM = {"num_layers": 4, "vision_depth": 2}
+"""Sizes of the warmed-up model: its deepstack's two additions fit on the first of two stages."""
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
@@ -47,7 +51,7 @@ def warm_up(checkpoints, few_scenes, tmp_path_factory):
     """Output folder of a supervised run on one process, stopped while its answers still vary."""
     out = tmp_path_factory.mktemp("warm_up") / "run"
     tree = run_tree(
-        checkpoints("qwen3_vl"), few_scenes, out, "algorithm={name: sft}", "optimizer.lr=1e-2", "trainer.num_steps=52",
+        checkpoints("qwen3_vl", **WARM), few_scenes, out, "algorithm={name: sft}", "optimizer.lr=1e-2", "trainer.num_steps=52",
         "optimizer.warmup_steps=5", "optimizer.schedule=cosine", "data.prompts_per_step=16",
         "trainer.micro_batch_size=16", "trainer.export_hf=true")
     run_ranks(1, train, tree)

@@ -11,11 +11,16 @@ import yaml
 from megavg.trainer.config import parse_command_line, resolve
 from tests.distributed import run_ranks
 from tests.tiny_runs import all_finite, read_metrics, run_tree, train, training_lines
+from tests.trainer.conftest import WARM
 
 PER_STEP = {"step", "loss", "gradient_norm", "lr", "entropy/mean", "entropy/self_information", "response/length",
             "rollout/logprob_gap", "reward/mean", "reward/iou", "reward/format", "reward/parse_rate", "iou/mean",
             "reasons", "ecvgpo/alpha", "tokens", "tokens_per_second", "time/step", "time/data", "time/rollout",
             "time/reward", "time/score", "time/update"}
+
+
+KL = ("algorithm.kl_coefficient=0.04", "optimizer.lr=1e-3", "trainer.export_hf=true", "evaluation.at_end=true")
+"""A run with a frozen reference, an evaluation and an export: everything that pipeline stages have to share."""
 
 
 def weights(folder):
@@ -40,7 +45,7 @@ def test_supervised_warm_up_learns_and_exports(warm_up, checkpoints):
     assert not {"reward/mean", "rollout/logprob_gap"} & set(lines[0])
     model, problems = load_in_transformers(warm_up / "hf")
     assert not problems
-    before = weights(checkpoints("qwen3_vl"))
+    before = weights(checkpoints("qwen3_vl", **WARM))
     after = weights(warm_up / "hf")
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
     assert not list(warm_up.rglob("*.tmp"))
@@ -120,7 +125,7 @@ def one_process(grpo_tree, checkpoints, few_scenes, tmp_path_factory):
         "goal_resumed": grpo_tree(folder / "goal", *goal, "trainer.resume=true"),
         "plain": grpo_tree(folder / "plain", "evaluation.at_end=true"),
         "twice": grpo_tree(folder / "twice", "trainer.updates_per_batch=2", "trainer.num_steps=1"),
-        "kl": grpo_tree(folder / "kl", "algorithm.kl_coefficient=0.04", "optimizer.lr=1e-3"),
+        "kl": grpo_tree(folder / "kl", *KL),
         "greedy": grpo_tree(folder / "greedy", "rollout.temperature=0", "trainer.num_steps=1"),
         "replaced": grpo_tree(folder / "replaced", "trainer.overwrite=true", "trainer.num_steps=1"),
         "bf16": grpo_tree(folder / "bf16", "model.dtype=bfloat16", "trainer.num_steps=2", "trainer.export_hf=true"),
@@ -205,8 +210,7 @@ def tensor_parallel(warm_up, few_scenes, data_parallel, grpo_tree, tmp_path_fact
     after = grpo_tree(folder / "ecvgpo", layout, f"model.path={folder / 'sft' / 'hf'}", "trainer.export_hf=true")
     other = grpo_tree(data_parallel / "whole", layout, "trainer.resume=true")
     before = (data_parallel / "whole" / "config.yaml").read_text()
-    reference = ("algorithm.kl_coefficient=0.04", "optimizer.lr=1e-3")
-    with_reference = [grpo_tree(folder / "kl_tp", layout, *reference), grpo_tree(folder / "kl_dp", *reference)]
+    with_reference = [grpo_tree(folder / "kl_tp", layout, *KL), grpo_tree(folder / "kl_dp", *KL)]
     errors = run_ranks(2, tensor_parallel_runs, supervised, after, with_reference, other)
     assert (data_parallel / "whole" / "config.yaml").read_text() == before
     return folder, errors
@@ -229,6 +233,43 @@ def test_the_reference_is_the_same_in_every_layout(tensor_parallel, one_process,
     for two, one in zip(ours, alone, strict=True):
         assert two["kl/reference"] == pytest.approx(one["kl/reference"], abs=1e-5)
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pipeline(grpo_tree, tmp_path_factory):
+    """Folder of a run on 2 pipeline stages, with recomputation and micro-batches by tokens, and of its resumption."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    options = ("parallel.pipeline_model_parallel_size=2", "parallel.recompute=true", "trainer.micro_batch_tokens=150",
+               "head.skip_mass=1e-7", "trainer.save_every=2", *KL)
+    run_ranks(2, pipeline_runs, [grpo_tree(folder / "run", *options),
+                                 grpo_tree(folder / "run", *options, "trainer.resume=true", "trainer.num_steps=4")])
+    return folder / "run"
+
+
+def pipeline_runs(trees: list[dict]) -> None:
+    for tree in trees:
+        train(tree)
+
+
+def test_pipeline_stages_do_what_one_process_does(pipeline, one_process):
+    ours, alone = training_lines(pipeline), training_lines(one_process / "kl")
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]  # the fourth after the resumption
+    for two, one in zip(ours, alone):
+        assert PER_STEP <= set(two) and all_finite(two)
+        assert two["tokens"] == one["tokens"] and two["reasons"] == one["reasons"]
+        assert two["rollout/logprob_gap"] <= 1e-4 and two["head/dropped_mass"] < 1e-3
+        for name in ("loss", "reward/mean", "entropy/mean", "entropy/self_information", "kl/reference"):
+            assert two[name] == pytest.approx(one[name], abs=1e-5), name
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+    two, one = (json.loads((folder / "evaluation" / "seen-000003.json").read_text())
+                for folder in (pipeline, one_process / "kl"))
+    assert {row["key"]: row["text"] for row in two["rows"]} == {row["key"]: row["text"] for row in one["rows"]}
+
+
+def test_pipeline_stages_export_the_whole_model(pipeline, warm_up):
+    assert not load_in_transformers(pipeline / "hf")[1]
+    before, after = weights(warm_up / "hf"), weights(pipeline / "hf")
+    assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_resume_in_another_layout_is_refused(tensor_parallel, data_parallel):
