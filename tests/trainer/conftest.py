@@ -51,8 +51,8 @@ def warm_up(checkpoints, few_scenes, tmp_path_factory):
     """Output folder of a supervised run on one process, stopped while its answers still vary."""
     out = tmp_path_factory.mktemp("warm_up") / "run"
     tree = run_tree(
-        checkpoints("qwen3_vl", **WARM), few_scenes, out, "algorithm={name: sft}", "optimizer.lr=1e-2", "trainer.num_steps=52",
-        "optimizer.warmup_steps=5", "optimizer.schedule=cosine", "data.prompts_per_step=16",
+        checkpoints("qwen3_vl", **WARM), few_scenes, out, "algorithm={name: sft}", "optimizer.lr=1e-2",
+        "trainer.num_steps=60", "optimizer.warmup_steps=5", "optimizer.schedule=cosine", "data.prompts_per_step=16",
         "trainer.micro_batch_size=16", "trainer.export_hf=true")
     run_ranks(1, train, tree)
     return out
