@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
-import socket
 import traceback
 from typing import Any, Callable
 
 import torch
 import torch.multiprocessing as mp
 
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on.
-
-    It lies below the ports that the system hands out by itself: one of those could be given to another connection in the
-    seconds until rank 0 listens.
-    """
-    while True:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", random.randrange(15_000, 32_000)))
-            except OSError:
-                continue
-            return probe.getsockname()[1]
+from tools.local_ranks import free_port
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:

@@ -59,8 +59,7 @@ def progress(text: str) -> None:
 
 def _start(num_processes: int, script: str, folder: Path) -> list[subprocess.Popen]:
     environment = {**os.environ, "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, os.path.abspath(script), "--worker", str(folder)]
     ranks = []
     for rank in range(num_processes):
@@ -100,7 +99,7 @@ def _give_up(what: str, log: Path) -> None:
     sys.exit(f"{what}; its last lines:\n" + "\n".join(lines))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nothing listens on, below those that the system hands out by itself."""
     while True:
         with socket.socket() as probe:

@@ -129,8 +129,8 @@ def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelCo
 def _leave_groups() -> None:
     """Give up megatron-core's groups of an earlier layout in this process.
 
-    megatron-core only forgets them. A gloo group keeps three threads that wake up a hundred times a second, and a layout has
-    some twenty groups, so a process that goes through many layouts would come to a stand.
+    megatron-core only forgets them. A gloo group keeps three threads and a layout has a dozen groups, so a process that
+    goes through many layouts would spend its time on them.
     """
     from megatron.core import parallel_state
 

@@ -18,8 +18,8 @@ def choose_implementation(wanted: str, device: str, offload: bool, has_apex: boo
     """
     if wanted == "apex":
         if not has_apex or device != "cuda" or offload:
-            raise ValueError("optimizer.implementation=apex needs NVIDIA apex (not the package of that name on PyPI), a "
-                             "GPU and an optimiser that is not offloaded; use auto")
+            raise ValueError("optimizer.implementation=apex needs NVIDIA apex (not the package of that name on PyPI), "
+                             "a GPU and an optimiser that is not offloaded; use auto")
         return "apex"
     if wanted != "auto":
         return wanted

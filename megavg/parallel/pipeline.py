@@ -13,9 +13,9 @@ from megavg.parallel.context import ParallelContext
 class StageLink:
     """Point-to-point between the stages of one pipeline.
 
-    NCCL runs the transfers of two ranks in the order in which they are asked for, so a send and a receive that meet each
-    other must be asked for together: what a stage sends between two pieces of work and what it receives for the next one
-    is one ``exchange``.
+    NCCL runs the transfers of two ranks in the order in which they are asked for, so a send and a receive that meet
+    each other must be asked for together: what a stage sends between two pieces of work and what it receives for the
+    next one is one ``exchange``.
     """
 
     def __init__(self, context: ParallelContext):

@@ -73,9 +73,9 @@ class NativeGenerator:
     def _generate_pass(self, prompts, num_answers: int, params: SamplingParams, streams) -> list[Answers]:
         """Answer ``prompts`` in as many groups as there are stages, so that every stage has one to work on.
 
-        In tick n stage s does piece n - s; piece j is token j // stages of group j % stages. At the end of a tick hidden
-        states go to the next stage and drawn tokens from the last stage to all. So when the first stage takes up a group
-        again, its tokens have come back, and every stage sees by itself which answers have ended.
+        In tick n stage s does piece n - s; piece j is token j // stages of group j % stages. At the end of a tick
+        hidden states go to the next stage and drawn tokens from the last stage to all. So when the first stage takes up
+        a group again, its tokens have come back, and every stage sees by itself which answers have ended.
         """
         size, rank = self.context.pp_size, self.context.pp_rank
         per_group = -(-len(prompts) // size)

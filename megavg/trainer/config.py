@@ -51,7 +51,7 @@ class ParallelConfig:
     Attributes:
         tensor_model_parallel_size: ranks that share every layer.
         pipeline_model_parallel_size: stages that follow each other; 1F1B over the micro-batches.
-        pipeline_layers: decoder layers of each stage; empty divides them by cost, the vision tower and the head counted.
+        pipeline_layers: decoder layers of each stage; empty divides them by cost, vision tower and head counted.
         image_token_share: share of image tokens in the data, which weighs the vision tower in that division.
         sequence_parallel: split norms and residuals over the tensor-parallel ranks by token (GPU only).
         recompute: keep only the input of each decoder layer and vision block and run it again in the backward.

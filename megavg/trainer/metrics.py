@@ -39,8 +39,9 @@ def batch_metrics(batch: RolloutBatch, stats: TokenScores | None, entropy_sum: t
                   reference_logprobs: torch.Tensor | None) -> dict[str, float]:
     """Entropy, self-information, KL and lengths over the whole optimiser batch.
 
-    ``entropy_sum`` is that of this data-parallel rank's tokens. ``entropy/mean`` is the mean token entropy in nats under the policy being updated, ``kl/reference`` the mean k3
-    estimate of the KL of the behaviour policy to the reference, in nats per token.
+    ``entropy_sum`` is that of this data-parallel rank's tokens. ``entropy/mean`` is the mean token entropy in nats
+    under the policy being updated, ``kl/reference`` the mean k3 estimate of the KL of the behaviour policy to the
+    reference, in nats per token.
     """
     mask = batch.mask
     sums = [mask.sum().float(), torch.tensor(float(mask.shape[0]), device=mask.device), entropy_sum]
