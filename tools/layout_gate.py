@@ -109,7 +109,7 @@ def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor, weights: torch.Tensor
 
 
 def run_reference(directory: str | Path, device: torch.device, dtype: torch.dtype = torch.float32,
-                  frozen_tower: bool = False) -> dict:
+                  frozen_tower: bool = False, frozen_projector: bool = False) -> dict:
     """What one process gets: scores before the first step, losses, norms, the first gradients, the last weights.
 
     It computes in fp32 from the checkpoint's weights rounded to ``dtype``. The tensors come back on the CPU.
@@ -120,7 +120,7 @@ def run_reference(directory: str | Path, device: torch.device, dtype: torch.dtyp
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(parameter.to(dtype))
-            if frozen_tower and name.startswith(_TOWER) and _PROJECTOR not in name:
+            if name.startswith(_TOWER) and (frozen_projector if _PROJECTOR in name else frozen_tower):
                 parameter.requires_grad_(False)
     examples = make_examples(Processor.from_pretrained(directory, box_format))
     with torch.no_grad():

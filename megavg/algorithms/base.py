@@ -73,7 +73,11 @@ class Algorithm:
         return self.config.entropy_coefficient
 
     def token_loss(self, new: TokenScores, signal: PolicySignal) -> torch.Tensor:
-        """Loss of every token [B, T], to be minimised, not reduced; differentiable to ``new``."""
+        """Loss of every token [B, T], to be minimised, not reduced; differentiable to ``new``.
+
+        With pipeline stages it is called on the last one only: state that must survive belongs in ``advantages`` or
+        ``weights``, which every rank calls.
+        """
         ratio = (new.logprobs - signal.old_logprobs).exp()
         clipped = ratio.clamp(1 - self.config.clip_low, 1 + self.config.clip_high)
         loss = -(ratio * signal.advantages).minimum(clipped * signal.advantages)

@@ -84,9 +84,20 @@ class Model:
             stage.tied_copy.tensor_model_parallel = stage.tied_copy.model_parallel = False
         return stage
 
+    def check_weights(self) -> None:
+        """Refuse a checkpoint that lacks a tensor of the whole model, also on ranks that would not read it.
+
+        Raises:
+            ValueError: on every rank alike.
+        """
+        missing = sorted(set(self.weight_map(1).hf_names) - set(self.checkpoint.names))
+        if missing:
+            raise ValueError(f"tensor {missing[0]} is missing in {self.checkpoint.directory}, {len(missing)} in all; "
+                             "the checkpoint is incomplete or of another model than its config.json says")
+
     def stage_layers(self, pp_size: int) -> list[range]:
         """The decoder layers of every pipeline stage."""
-        if pp_size == 1:
+        if pp_size == 1 and not self.options.pipeline_layers:
             return [range(self.dims.num_layers)]
         with torch.device("meta"):
             tower = self._vision_tower(torch.float32)

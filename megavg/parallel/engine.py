@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -41,6 +42,9 @@ class ZeroEngine:
                  options: ZeroConfig, optimizer: OptimizerConfig | None):
         import deepspeed
 
+        zero.check_deepspeed()
+        if context.pp_size > 1:  # without the hook that is removed below DeepSpeed releases every parameter it has used
+            options = dataclasses.replace(options, param_persistence_threshold=0)
         self.context, self.stage, self.dtype = context, stage, dtype
         self.config = zero.deepspeed_config(options, optimizer.gradient_clipping if optimizer else 0.0, dtype)
         self.link = StageLink(context)

@@ -52,28 +52,27 @@ def check_deepspeed() -> None:
     """Refuse a DeepSpeed without the undocumented names that this project stands on, before a model is loaded.
 
     Raises:
-        RuntimeError: one of them is missing.
+        ValueError: one of them is missing.
     """
     import deepspeed
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero import parameter_offload, stage3
 
-    needed = {"DeepSpeedZeroOptimizer_Stage3.clear_backward_seen_flag":
-                  hasattr(DeepSpeedZeroOptimizer_Stage3, "clear_backward_seen_flag"),
-              "DeepSpeedZeRoOffload's fwd_pre_hook":
-                  "fwd_pre_hook" in DeepSpeedZeRoOffload.setup_zero_stage3_hooks.__code__.co_names,
-              "DeepSpeedZeRoOffload's ds_inflight_param_registry":
-                  "ds_inflight_param_registry" in _constants(DeepSpeedZeRoOffload)}
+    optimizer = getattr(stage3, "DeepSpeedZeroOptimizer_Stage3", None)
+    offload = getattr(parameter_offload, "DeepSpeedZeRoOffload", None)
+    hook, registry = "fwd_pre_hook", "ds_inflight_param_registry"
+    needed = {"clear_backward_seen_flag": hasattr(optimizer, "clear_backward_seen_flag"),
+              hook: hook in _mentioned(getattr(offload, "setup_zero_stage3_hooks", None)),
+              registry: registry in _mentioned(getattr(offload, "__init__", None))}
     missing = [name for name, is_there in needed.items() if not is_there]
     if missing:
-        raise RuntimeError(f"deepspeed {deepspeed.__version__} has no {' and no '.join(missing)}; install the version "
-                           "pinned in requirements.txt")
+        raise ValueError(f"deepspeed {deepspeed.__version__} has no {' and no '.join(missing)} in its ZeRO-3; install "
+                         "the version pinned in requirements.txt")
 
 
-def _constants(cls: type) -> set:
-    """Names and texts that the constructor of ``cls`` mentions."""
-    code = cls.__init__.__code__
-    return {*code.co_names, *code.co_consts}
+def _mentioned(function) -> set:
+    """Names and texts in the code of a function."""
+    code = getattr(function, "__code__", None)
+    return {*code.co_names, *code.co_consts} if code else set()
 
 
 def check_equal_groups(optimizer: torch.optim.Optimizer, context: ParallelContext) -> None:
@@ -106,23 +105,13 @@ def gather_as_one(blocks: list[nn.Module]) -> None:
 
 def forget_backward(engine) -> None:
     """Tell DeepSpeed that another backward of the same step follows; without it the second one loses gradients."""
-    clear = getattr(engine.optimizer, "clear_backward_seen_flag", None)
-    if clear is None:
-        import deepspeed
-
-        raise RuntimeError(f"deepspeed {deepspeed.__version__} has no clear_backward_seen_flag, which gradient "
-                           "accumulation under ZeRO-3 needs; install the version pinned in requirements.txt")
-    clear()
+    engine.optimizer.clear_backward_seen_flag()
 
 
 def remove_world_broadcast(engine) -> None:
     """Drop ZeRO-3's root pre-forward hook, whose world-wide broadcast hangs pipeline stages."""
     # without an optimiser DeepSpeed puts the owner of the hook in its place
-    hook = getattr(getattr(engine.optimizer, "parameter_offload", engine.optimizer), "fwd_pre_hook", None)
-    if hook is None:
-        raise RuntimeError("this deepspeed has no optimizer.parameter_offload.fwd_pre_hook; install the version "
-                           "pinned in requirements.txt")
-    hook.remove()
+    getattr(engine.optimizer, "parameter_offload", engine.optimizer).fwd_pre_hook.remove()
 
 
 def prefetch_next(chains: Sequence[Sequence[nn.Module]], root: nn.Module) -> None:

@@ -13,12 +13,14 @@ class ZeroConfig:
 
     Attributes:
         param_persistence_threshold: parameters smaller than this stay whole on every rank. DeepSpeed gathers those one
-            by one after each step while blocks are gathered whole, so 0 was the fastest on the demo's model.
-        prefetch_bucket_size: how far ahead parameters are gathered.
+            by one after each step while blocks are gathered whole, so 0 was the fastest on the demo's model, and with
+            pipeline stages it is always 0.
+        prefetch_bucket_size: how far ahead parameters are gathered; with pipeline stages it is one block ahead, or
+            none for 0.
         reduce_bucket_size: gradients are reduced in buckets of this size.
         overlap_comm: reduce gradients beside the backward (CUDA).
-        keep_gathered: keep a stage's weights whole from the first to the last micro-batch of a step, which gathers them
-            once a step instead of twice a micro-batch, for the memory of the stage's weights.
+        keep_gathered: keep the trained weights of a stage whole from the first to the last micro-batch of an update,
+            which gathers them once instead of twice a micro-batch, for the memory of the stage's weights.
         offload_optimizer: keep gradients' and optimiser's partitions in host memory.
         offload_parameters: keep the parameters' partitions in host memory too.
     """

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 from typing import Iterator
 
+import torch.distributed as dist
+
 from megavg.parallel.context import ParallelContext
 
 
 class BadData(ValueError):
-    """A sample cannot be used; the message names the shard, the sample and the remedy. Raised on every rank."""
+    """A sample or a checkpoint cannot be used; the message names it and the remedy. Raised on every rank."""
 
 
 @contextlib.contextmanager
 def told_to_all(context: ParallelContext) -> Iterator[None]:
-    """Turn a ValueError of any data-parallel rank inside the block into ``BadData`` on all of them.
+    """Turn a ValueError of any rank inside the block into ``BadData`` on all of them.
 
     The others would otherwise wait in the next collective until its time-out. All ranks must come through the block;
     one small collective is spent at its end.
@@ -24,6 +26,10 @@ def told_to_all(context: ParallelContext) -> Iterator[None]:
         yield
     except ValueError as caught:
         error = caught
-    messages = context.gather_rows([] if error is None else [str(error)])
+    messages: list = [None if error is None else str(error)]
+    if context.world_size > 1:
+        mine, messages = messages[0], [None] * context.world_size
+        dist.all_gather_object(messages, mine)
+    messages = [message for message in messages if message is not None]
     if messages:
         raise BadData(messages[0]) from error

@@ -10,15 +10,18 @@ import torch.distributed as dist
 
 from megavg.checkpoint.export import hf_tensors
 from megavg.checkpoint.hf import write_checkpoint
-from megavg.models.base import DTYPES, copy_weights, load_model
+from megavg.models.base import DTYPES, check_sequence_parallel, copy_weights, load_model
 from megavg.models.inputs import InputBuilder, scatter_rows
 from megavg.models.processor import Processor
+from megavg.parallel.apex import has_nvidia_apex
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.engine import MicroBatchLoss, ZeroEngine
+from megavg.parallel.optimizer import choose_implementation
 from megavg.parallel.zero import check_deepspeed
 from megavg.protocols.batch import EncodedPrompt, ModelInputs, TokenScores
 from megavg.protocols.options import OptimizerConfig, StageOptions, ZeroConfig
 from megavg.rollout.native import NativeGenerator
+from megavg.trainer.bad_data import told_to_all
 from megavg.trainer.config import ModelConfig
 
 
@@ -32,9 +35,9 @@ class Policy:
 
     def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, zero: ZeroConfig, context: ParallelContext,
                  with_reference: bool, prompts_per_pass: int, options: StageOptions = StageOptions()):
-        check_deepspeed()
         self.context, self.dtype = context, DTYPES[config.dtype]
         self.model = load_model(config.path, options)
+        self._check(optimizer, zero, options)
         self.processor = Processor.from_pretrained(config.path, self.model.spec.box_format, config.min_pixels,
                                                    config.max_pixels)
         self.builder = InputBuilder(self.processor.image_token_id, self.processor.pad_token_id,
@@ -46,9 +49,20 @@ class Policy:
         self.reference = self._engine(zero, None) if with_reference else None
         self._copy_is_current = False
 
+    def _check(self, optimizer: OptimizerConfig, zero: ZeroConfig, options: StageOptions) -> None:
+        """Refuse what cannot work before anything large is built; every rank comes to the same answer."""
+        check_deepspeed()
+        if options.sequence_parallel:
+            check_sequence_parallel(self.context)
+        device = self.context.device.type
+        choose_implementation(optimizer.implementation, device, zero.offload_optimizer,
+                              device == "cuda" and has_nvidia_apex())
+        self.model.check_weights()
+
     def _engine(self, zero: ZeroConfig, optimizer: OptimizerConfig | None) -> ZeroEngine:
         stage = self.model.build_stage(self.context, self.dtype)
-        copy_weights(stage, self.model.hf_weights(stage, self.context))
+        with told_to_all(self.context):  # a stage reads only its own tensors
+            copy_weights(stage, self.model.hf_weights(stage, self.context))
         return ZeroEngine(stage, self.context, self.dtype, zero, optimizer)
 
     def sync(self) -> NativeGenerator:
@@ -106,7 +120,8 @@ class Policy:
 
     def load(self, folder: Path) -> None:
         """Restore weights and optimiser state from a checkpoint's folder."""
-        self.engine.load(folder)
+        with told_to_all(self.context):
+            self.engine.load(folder)
         self._copy_is_current = False
 
     def export_hf(self, out_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def context(tensor: int = 1, pipeline: int = 1) -> ParallelContext:
     ("qwen2_5_vl", {"num_heads": 12, "num_kv_heads": 6, "hidden_size": 96}, {"tensor": 4},
      "6 key-value heads .* neither divide by parallel.tensor_model_parallel_size=4 nor divide it"),
     ("qwen3_vl", {}, {"tensor": 3}, "4 attention heads .* not divisible"),
-    ("qwen3_vl", {}, {"pipeline": 2}, "3 decoder layers do not fill .*=2 stages of which the first holds the 3 that deepstack"),
+    ("qwen3_vl", {}, {"pipeline": 2},
+     "3 decoder layers do not fill .*=2 stages of which the first holds the 3 that deepstack"),
     ("qwen2_5_vl", {}, {"pipeline": 4}, "3 decoder layers do not fill parallel.pipeline_model_parallel_size=4 stages"),
 ])
 def test_refused_layouts(checkpoints, family, fields, layout, message):
@@ -40,6 +42,25 @@ def test_sequence_parallelism_needs_a_gpu(checkpoints):
     model = load_model(checkpoints("qwen3_vl"), StageOptions(sequence_parallel=True))
     with pytest.raises(ValueError, match="parallel.sequence_parallel=true needs a GPU.*set it to false"):
         model.build_stage(context(tensor=2), torch.float32)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_also_by_those_who_would_not_read_it(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = checkpoints("qwen3_vl")
+    copied = shutil.copytree(source, tmp_path / "copied")
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    load_model(source).check_weights()
+    with pytest.raises(ValueError, match="tensor model.language_model.norm.weight is missing in .*copied, 1 in all"):
+        load_model(copied).check_weights()
+
+
+def test_given_layers_of_one_stage_must_be_all(checkpoints):
+    model = load_model(checkpoints("qwen3_vl"), StageOptions(pipeline_layers=(7,)))
+    with pytest.raises(ValueError, match="must be 1 numbers, one a stage, that sum to the model's 3 layers"):
+        model.stage_layers(1)
 
 
 @pytest.mark.parametrize("layers, message", [

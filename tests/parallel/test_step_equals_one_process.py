@@ -28,20 +28,25 @@ class Case(NamedTuple):
     zero: ZeroConfig = ZeroConfig()
 
     def __str__(self) -> str:
-        names = [name for name in ("recompute", "freeze_vision_tower") if getattr(self.options, name)]
+        names = [name for name in ("recompute", "freeze_vision_tower", "freeze_projector")
+                 if getattr(self.options, name)]
         names += [name for name in ("param_persistence_threshold", "keep_gathered") if getattr(self.zero, name)]
         return "-".join([self.layout, self.family, *(["tied"] if self.tied else []), *names])
 
 
 RECOMPUTE, FROZEN = StageOptions(recompute=True), StageOptions(freeze_vision_tower=True)
 BOTH = StageOptions(recompute=True, freeze_vision_tower=True)
+PROJECTOR = StageOptions(freeze_projector=True)
+ALL_VISION = StageOptions(freeze_vision_tower=True, freeze_projector=True)
 WHOLE, KEPT = ZeroConfig(param_persistence_threshold=100_000), ZeroConfig(keep_gathered=True)
 CASES = [
     Case("tp2dp2", "qwen2_vl"),
     Case("tp2dp2", "qwen2_5_vl", True, BOTH),
     Case("tp2dp2", "qwen3_vl", False, RECOMPUTE, WHOLE),
+    Case("tp2dp2", "qwen3_vl", True, PROJECTOR),
     Case("tp4", "qwen2_5_vl"),
     Case("pp2dp2", "qwen2_vl", True, FROZEN),
+    Case("pp2dp2", "qwen2_5_vl", True, ALL_VISION),
     Case("pp2dp2", "qwen2_5_vl", False, RECOMPUTE, KEPT),
     Case("pp2dp2", "qwen3_vl", True),
     Case("tp2pp2", "qwen2_vl", False, RECOMPUTE),
@@ -70,10 +75,10 @@ def reference(checkpoints, tmp_path_factory):
 
     def make(case: Case) -> tuple[str, str]:
         directory = str(sharpened(checkpoints(case.family, tie_embeddings=case.tied, **SIZES)))
-        frozen = case.options.freeze_vision_tower
+        frozen = case.options.freeze_vision_tower, case.options.freeze_projector
         if (directory, frozen) not in made:
             made[directory, frozen] = str(folder / f"{len(made)}.pt")
-            torch.save(run_reference(directory, torch.device("cpu"), frozen_tower=frozen), made[directory, frozen])
+            torch.save(run_reference(directory, torch.device("cpu"), torch.float32, *frozen), made[directory, frozen])
         return directory, made[directory, frozen]
 
     return make
