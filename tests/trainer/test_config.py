@@ -45,7 +45,7 @@ MISTAKES = {
     "unknown option": ("trainer.num_step=5", "unknown option trainer.num_step (did you mean 'num_steps'?)"),
     "unknown nested option": ("parallel.zero.reduce_bucket=5",
                               "unknown option parallel.zero.reduce_bucket (did you mean 'reduce_bucket_size'?)"),
-    "option that nothing is like": ("model.q=5", "unknown option model.q (known: dtype, max_pixels, min_pixels, path)"),
+    "option that nothing is like": ("model.q=5", "unknown option model.q (known: dtype, freeze_projector, freeze_vision_tower, max_pixels, min_pixels, path)"),
     "wrong type": ("trainer.num_steps=many", "trainer.num_steps: expected int, got 'many'"),
     "bool is no number": ("optimizer.lr=true", "optimizer.lr: expected float, got True"),
     "number is no bool": ("trainer.resume=1", "trainer.resume: expected bool, got 1"),
@@ -107,7 +107,7 @@ def test_mistakes_name_the_option_and_the_remedy(file, override, message):
 @pytest.mark.parametrize("kind", [
     "unknown section", "unknown option", "wrong type", "bad literal", "override without a value", "unknown algorithm",
     "unknown algorithm option", "unknown reward", "unknown reward option", "prompt without the expression",
-    "one answer per prompt", "pipeline"])
+    "one answer per prompt", "layers of other stages"])
 def test_the_command_says_it_in_one_line(file, tmp_path, kind):
     override, message = MISTAKES[kind]
     result = start("--config", file, override, cwd=tmp_path)
