@@ -42,13 +42,16 @@ def run_local(num_processes: int, script: str, spec: Any, timeout: float = 3600)
 
 
 def answer(folder: str, function: Callable[[Any, Any], Any]) -> None:
-    """Be one rank: join the others, call ``function(spec, device)`` and leave its result for ``run_local``."""
+    """Be one rank: join the others, call ``function(spec, device)``, leave its result for ``run_local`` and end."""
     from megavg.parallel.mcore import start_processes, stop_processes
 
     spec = json.loads(Path(folder, "spec.json").read_text())
     result = function(spec, start_processes(timeout_minutes=10))
     Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(result))
     stop_processes()
+    sys.stdout.flush()
+    # threads of engines and groups now and then abort a process whose work is done, as its interpreter ends
+    os._exit(0)
 
 
 def progress(text: str) -> None:

@@ -27,6 +27,7 @@ def checked(checkpoints, tmp_path_factory):
     checkpoint = checkpoints("qwen2_5_vl", num_layers=1, vision_depth=1)
     result = run(folder, "--checkpoint", str(checkpoint), "--layouts", "pp2,dp2", "--tolerance", "1e-12", "--json",
                  "out.json")
+    assert (folder / "out.json").exists(), result.stderr
     return checkpoint, result, json.loads((folder / "out.json").read_text())
 
 

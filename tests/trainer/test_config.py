@@ -45,7 +45,8 @@ MISTAKES = {
     "unknown option": ("trainer.num_step=5", "unknown option trainer.num_step (did you mean 'num_steps'?)"),
     "unknown nested option": ("parallel.zero.reduce_bucket=5",
                               "unknown option parallel.zero.reduce_bucket (did you mean 'reduce_bucket_size'?)"),
-    "option that nothing is like": ("model.q=5", "unknown option model.q (known: dtype, freeze_projector, freeze_vision_tower, max_pixels, min_pixels, path)"),
+    "option that nothing is like": ("model.q=5", "unknown option model.q (known: dtype, freeze_projector, "
+                                    "freeze_vision_tower, max_pixels, min_pixels, path)"),
     "wrong type": ("trainer.num_steps=many", "trainer.num_steps: expected int, got 'many'"),
     "bool is no number": ("optimizer.lr=true", "optimizer.lr: expected float, got True"),
     "number is no bool": ("trainer.resume=1", "trainer.resume: expected bool, got 1"),
