@@ -16,47 +16,21 @@ import itertools
 import json
 import math
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from megavg.models.tiny_config import FAMILIES
+from tools.layouts import Layout, read_layout
 from tools.local_ranks import answer, progress, run_local
 
 DEFAULT_LAYOUTS = ("tp2dp2", "pp2dp2", "tp2pp2", "pp4", "tp4", "tp2pp2dp2")
 FIGURES = ("logprobs", "entropy", "loss", "gradients", "norm", "weights")
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 _TIMEOUT = 7 * 86400.0  # seconds; a rank that hangs ends the others much sooner, as their collectives give up
-
-
-class Layout(NamedTuple):
-    """Sizes of tensor, pipeline and data parallelism."""
-
-    tp: int
-    pp: int
-    dp: int
-
-    @property
-    def num_processes(self) -> int:
-        return self.tp * self.pp * self.dp
-
-    def __str__(self) -> str:
-        return "".join(f"{name}{size}" for name, size in self._asdict().items() if size > 1) or "tp1"
-
-
-def read_layout(text: str) -> Layout:
-    """"tp2pp2" -> Layout(2, 2, 1)."""
-    parts = re.findall(r"(tp|pp|dp)([1-9]\d*)", text)
-    sizes = {name: int(size) for name, size in parts}
-    if not parts or len(sizes) != len(parts) or "".join(map("".join, parts)) != text:
-        raise ValueError(f"layout {text!r} must give sizes of tensor, pipeline and data parallelism, such as tp2pp2dp2 "
-                         "or pp4")
-    return Layout(*(sizes.get(name, 1) for name in ("tp", "pp", "dp")))
 
 
 def choose_layouts(named: str | None, all_of_them: bool, processes: int) -> list[Layout]:

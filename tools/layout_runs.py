@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import re
 import time
 from dataclasses import dataclass
 from typing import Callable
+
+from tools.layouts import read_layout
 
 VARIANTS = {
     "recompute": "run each block again in the backward",
@@ -28,16 +29,12 @@ class Layout:
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Read a layout's name; "one" is a single process."""
-        sizes, *variants = text.split("+")
-        found = re.findall(r"(tp|pp|dp)(\d+)", sizes)
-        numbers = {kind: int(number) for kind, number in found}
-        if sizes != "one" and ("".join(map("".join, found)) != sizes or len(numbers) != len(found) or not sizes
-                               or 0 in numbers.values()):
-            raise ValueError(f"layout {text!r}: expected one, or sizes such as tp2pp2dp2, each at most once")
+        name, *variants = text.split("+")
+        sizes = read_layout("tp1" if name == "one" else name)
         for variant in variants:
             if variant not in VARIANTS:
                 raise ValueError(f"layout {text!r}: no option {variant!r}; there are {', '.join(VARIANTS)}")
-        return cls(numbers.get("tp", 1), numbers.get("pp", 1), numbers.get("dp", 1), tuple(variants))
+        return cls(*sizes, tuple(variants))
 
     @property
     def world(self) -> int:

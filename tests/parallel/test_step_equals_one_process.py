@@ -10,7 +10,8 @@ import torch
 from megavg.protocols.options import StageOptions, ZeroConfig
 from tests.distributed import run_ranks
 from tests.tiny_models import sharpened
-from tools.check_layouts import FIGURES, read_layout
+from tools.check_layouts import FIGURES
+from tools.layouts import read_layout
 
 # 5 layers and 515 tokens divide by no size below; there are 2 key-value heads; deepstack enters the first 2 layers
 SIZES = {"num_layers": 5, "vision_depth": 2}

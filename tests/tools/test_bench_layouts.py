@@ -80,7 +80,7 @@ def test_ratios_of_layouts_that_were_not_run_are_left_out():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--layouts", "tp2xp2"], "layout 'tp2xp2': expected one, or sizes such as tp2pp2dp2"),
+    (["--layouts", "tp2xp2"], "layout 'tp2xp2': must give sizes of tensor, pipeline and data parallelism"),
     (["--layouts", "tp2tp2"], "layout 'tp2tp2': expected one"),
     (["--layouts", "pp0"], "layout 'pp0': expected one"),
     (["--layouts", "dp2+recomputed"], "no option 'recomputed'; there are recompute, no_prefetch"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.check_layouts import FIGURES, Layout, choose_layouts, judge, parse_arguments, read_layout, report
+from tools.check_layouts import FIGURES, choose_layouts, judge, parse_arguments, report
+from tools.layouts import Layout, read_layout
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_layouts.py"
 
