@@ -9,10 +9,10 @@ from torch import nn
 
 from megavg.models.inputs import InputBuilder
 from megavg.models.layers.mrope import next_position
+from megavg.ops.chance import uniforms
 from megavg.protocols.batch import EncodedPrompt
 from megavg.protocols.options import SamplingParams
 from megavg.rollout.kv_cache import SharedPrefixCache
-from megavg.rollout.sampling import uniforms
 
 
 class Answers:

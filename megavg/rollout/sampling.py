@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from megavg.protocols.options import SamplingParams
-
-
-def uniforms(stream: str, count: int) -> torch.Tensor:
-    """``count`` numbers in [0, 1) that depend on the text ``stream`` alone: [count] fp64 on the CPU."""
-    seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "big")
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def draw(logits: torch.Tensor, noise: torch.Tensor, params: SamplingParams,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megavg.protocols.options import SamplingParams
-from megavg.rollout.sampling import draw, uniforms
+from megavg.ops.chance import uniforms
+from megavg.rollout.sampling import draw
 
 VOCAB, GRID = 23, 20_000
 
