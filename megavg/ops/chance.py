@@ -13,5 +13,5 @@ def generator(stream: str) -> torch.Generator:
 
 
 def uniforms(stream: str, count: int) -> torch.Tensor:
-    """``count`` numbers in [0, 1) that depend on ``stream`` alone: [count] fp64 on the CPU; fewer are the first ones."""
+    """``count`` numbers in [0, 1) that depend on ``stream`` alone: [count] fp64 on the CPU; fewer are the first."""
     return torch.rand(count, generator=generator(stream), dtype=torch.float64)

@@ -7,8 +7,9 @@ Rows are ordered by prompt: rollout b answers prompt b // G. Natural logarithms,
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 
@@ -75,6 +76,7 @@ class TokenScores:
         top_logprobs: its log-prob, nats.
         sum_squares: sum of p^2 over the vocabulary.
         dropped_mass: probability of the blocks of THIS RANK's vocabulary rows that the backward leaves out.
+        perturbed: the same answers on perturbed images, where an algorithm asked for them.
     """
 
     logprobs: torch.Tensor
@@ -83,27 +85,59 @@ class TokenScores:
     top_logprobs: torch.Tensor | None = None
     sum_squares: torch.Tensor | None = None
     dropped_mass: torch.Tensor | None = None
+    perturbed: PerturbedScores | None = None
+
+
+@dataclass(frozen=True)
+class PerturbedScores:
+    """Q, the next-token distributions of the same answers on perturbed images, beside P on the clean ones.
+
+    Each [N] or [B, T], fp32, without a gradient.
+
+    Attributes:
+        logprobs: log Q(token), nats.
+        entropy: H(Q), nats.
+        jsd: Jensen-Shannon divergence of P and Q, nats, in 0..log 2.
+        kl: KL(P || Q), nats.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    jsd: torch.Tensor
+    kl: torch.Tensor
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """How far two distributions P and Q over the vocabulary are apart; each [N], fp32 and differentiable.
+    """How far two distributions P and Q over the vocabulary are apart; each [N] fp32, nats.
 
     Attributes:
-        jsd: Jensen-Shannon divergence, nats, in 0..log 2.
-        entropy_gap: H(P) - H(Q), nats.
-        entropy_p, entropy_q: H(P) and H(Q), nats; no gradient of their own.
+        jsd: Jensen-Shannon divergence, in 0..log 2; differentiable.
+        entropy_gap: H(P) - H(Q); differentiable.
+        entropy_p, entropy_q: H(P) and H(Q); no gradient of their own, like all that follow.
+        kl: KL(P || Q).
+        logprobs_p, logprobs_q: log P and log Q of the targets; None where none were given.
     """
 
     jsd: torch.Tensor
     entropy_gap: torch.Tensor
     entropy_p: torch.Tensor
     entropy_q: torch.Tensor
+    kl: torch.Tensor
+    logprobs_p: torch.Tensor | None = None
+    logprobs_q: torch.Tensor | None = None
+
+
+FORMAT, THINK, DIGITS = 0, 1, 2
+"""Kinds of answer tokens: what is neither of the others, those between <think> and </think>, coordinates' digits."""
 
 
 @dataclass
 class RolloutBatch:
     """Answers of this data-parallel rank with their rewards, as an algorithm sees them.
+
+    Whatever is taken over the whole optimiser batch goes through ``all_sum`` and ``all_gather``, so that it never
+    depends on the layout.
 
     Attributes:
         response_ids: [B, T] int64, padded on the right.
@@ -111,7 +145,12 @@ class RolloutBatch:
         rewards: [B] fp32.
         group_size: G.
         answer_mask: [B, T] bool, True on digit tokens (the coordinates of the boxes).
-        all_sum: sums a tensor over the data-parallel ranks, so that batch statistics never depend on the layout.
+        all_sum: sums a tensor over the data-parallel ranks.
+        all_gather: concatenates the ranks' vectors [n], which may differ in length.
+        token_kinds: [B, T] int8, FORMAT, THINK or DIGITS.
+        noisy: [B] bool, True where the sample says that its label is noise.
+        max_new_tokens: the longest answer there can be.
+        streams: name of each rollout's chance, which depends on (seed, step, sample, answer).
     """
 
     response_ids: torch.Tensor
@@ -120,6 +159,16 @@ class RolloutBatch:
     group_size: int
     answer_mask: torch.Tensor | None = None
     all_sum: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda tensor: tensor)
+    all_gather: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda tensor: tensor)
+    token_kinds: torch.Tensor | None = None
+    noisy: torch.Tensor | None = None
+    max_new_tokens: int = 0
+    streams: Sequence[str] = ()
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of ``values`` [B, T] over the valid tokens of the whole optimiser batch."""
+        sums = self.all_sum(torch.stack([(values * self.mask).sum(), self.mask.sum().to(values.dtype)]))
+        return sums[0] / sums[1].clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -128,21 +177,26 @@ class PolicySignal:
 
     Attributes:
         advantages: per token, already reshaped by the algorithm.
-        coefficients: share of each token in the mean over the whole optimiser batch, 0 on padding.
+        coefficients: share of each token in the mean over the whole optimiser batch, 0 on what is not counted.
         weights: what the algorithm multiplies each token's loss by, 0 drops it; the entropy bonus ignores it.
         old_logprobs: of the behaviour policy.
         reference_logprobs: of the frozen reference, or None.
+        mask: bool, True on valid tokens.
+        entropy_weights: what each token's entropy is multiplied by in the objective, its share included.
+        extra: further tensors that the algorithm gives itself, by name.
     """
 
     advantages: torch.Tensor
     coefficients: torch.Tensor
     weights: torch.Tensor
     old_logprobs: torch.Tensor
-    reference_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None
+    mask: torch.Tensor
+    entropy_weights: torch.Tensor
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def rows(self, start: int, stop: int) -> "PolicySignal":
+    def rows(self, start: int, stop: int) -> PolicySignal:
         """The rollouts ``start:stop``."""
-        reference = self.reference_logprobs
-        return PolicySignal(self.advantages[start:stop], self.coefficients[start:stop], self.weights[start:stop],
-                            self.old_logprobs[start:stop],
-                            None if reference is None else reference[start:stop])
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        extra = {name: tensor[start:stop] for name, tensor in parts.pop("extra").items()}
+        return PolicySignal(**{name: None if t is None else t[start:stop] for name, t in parts.items()}, extra=extra)

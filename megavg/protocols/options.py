@@ -132,6 +132,52 @@ class StageOptions:
 
 
 @dataclass(frozen=True)
+class Perturbation:
+    """How an image is perturbed, on its normalised pixels.
+
+    Attributes:
+        kind: ``gaussian`` adds noise of deviation ``std``; ``diffusion`` mixes the image with unit noise as a diffusion
+            process has done after ``diffusion_step`` of 1000 steps (sigmoid schedule); ``no_image`` puts zeros, the
+            mean colour; ``patch_mask`` blackens a share ``mask_share`` of the patches.
+        std, diffusion_step, mask_share: see there.
+    """
+
+    kind: Literal["gaussian", "diffusion", "no_image", "patch_mask"] = "gaussian"
+    std: float = 2.0
+    diffusion_step: int = 500
+    mask_share: float = 0.6
+
+    def __post_init__(self):
+        if self.std < 0:
+            raise ValueError(f"std={self.std} must not be negative")
+        if not 0 <= self.diffusion_step < 1000:
+            raise ValueError(f"diffusion_step={self.diffusion_step} must be in 0..999")
+        if not 0 <= self.mask_share <= 1:
+            raise ValueError(f"mask_share={self.mask_share} must be in 0..1")
+
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """Wrong labels given on purpose to a share of the training samples, never to those of an evaluation.
+
+    Attributes:
+        probability: that a sample is noisy; 0 changes nothing and writes no flag, 1 takes every sample.
+        seed: which samples are noisy, and how, depends on it and on the sample's name alone.
+        classes: where given, a noisy sample's ``label`` becomes another one of these.
+    """
+
+    probability: float = 0.0
+    seed: int = 0
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability={self.probability} must be in 0..1")
+        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes) or not all(self.classes):
+            raise ValueError(f"classes={list(self.classes)} must be two or more different names, or none at all")
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How answers are sampled.
 
