@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 class ECVGPO(Algorithm):
     """GRPO whose positive advantages are weighted by w(I); alpha < 0 lowers entropy, alpha > 0 raises it. [ours]
 
-    Where A > 0: A' = A w / m, with w = clip(1 + alpha (I - Ibar) / (Ibar + eps), w_min, w_max) for the linear form,
-    Ibar the mean of I over the positive tokens of the whole optimiser batch, and m = sum(A w) / sum(A) over them, so
-    that the sum of positive advantages stays as it was. Elsewhere A' = A. I is detached. alpha = 0 is GRPO bit for bit.
+    Where A > 0: A' = A w / m, with w = clip(1 + alpha (I - Ibar) / (Ibar + eps), w_min, w_max) for the linear form and
+    eps the option information_eps, Ibar the mean of I over the positive tokens of the whole optimiser batch, and
+    m = sum(A w) / sum(A) over them, so that the sum of positive advantages stays as it was. Elsewhere A' = A. I is
+    detached. alpha = 0 is GRPO bit for bit.
     """
 
     mark = "[ours]"
@@ -39,7 +40,7 @@ class ECVGPO(Algorithm):
                 boxes (``answer``).
             w_min, w_max: bounds of the weight before it is normalised.
             normalize: keep the sum of positive advantages.
-            eps: keeps the divisions finite.
+            information_eps: nats, keeps the divisions by Ibar finite.
             target_entropy: closes the loop (nats): alpha moves by kappa (target - entropy) each step; None leaves it.
             kappa, alpha_max: gain and bound of that loop.
         """
@@ -50,12 +51,13 @@ class ECVGPO(Algorithm):
         w_min: float = 0.5
         w_max: float = 2.0
         normalize: bool = True
-        eps: float = 1e-6
+        information_eps: float = 1e-6
         target_entropy: float | None = None
         kappa: float = 0.05
         alpha_max: float = 0.5
 
         def __post_init__(self):
+            super().__post_init__()
             if not 0 <= self.w_min <= 1 <= self.w_max:
                 raise ValueError(f"expected w_min <= 1 <= w_max, got w_min={self.w_min}, w_max={self.w_max}")
 
@@ -81,9 +83,10 @@ class ECVGPO(Algorithm):
         return reshaped
 
     def state_dict(self) -> dict:
-        return {"alpha": self.alpha}
+        return super().state_dict() | {"alpha": self.alpha}
 
     def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
         self.alpha = state["alpha"]
 
     def _weight(self, batch: RolloutBatch, information: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -95,9 +98,9 @@ class ECVGPO(Algorithm):
         total, count = self._sums(batch, information * chosen, chosen.to(information.dtype))
         mean = total / count.clamp_min(1)
         if config.form == "linear":
-            weight = 1 + self.alpha * (information - mean) / (mean + config.eps)
+            weight = 1 + self.alpha * (information - mean) / (mean + config.information_eps)
         elif config.form == "power":
-            weight = (information.clamp_min(config.eps) / (mean + config.eps)) ** self.alpha
+            weight = (information.clamp_min(config.information_eps) / (mean + config.information_eps)) ** self.alpha
         else:
             weight = (self.alpha * information).exp()
         return weight.clamp(config.w_min, config.w_max)
@@ -117,8 +120,8 @@ class ECVGPO(Algorithm):
         at_bound = chosen & ((weight <= self.config.w_min) | (weight >= self.config.w_max))
         sums = torch.stack([x.sum().to(weight.dtype) for x in (chosen, weight * chosen, at_bound)])
         count, total, bounded = batch.all_sum(sums).tolist()
-        self.metrics = {"ecvgpo/alpha": self.alpha, "ecvgpo/weight_mean": total / max(count, 1.0),
-                        "ecvgpo/weight_at_bounds": bounded / max(count, 1.0)}
+        self.metrics |= {"ecvgpo/alpha": self.alpha, "ecvgpo/weight_mean": total / max(count, 1.0),
+                         "ecvgpo/weight_at_bounds": bounded / max(count, 1.0)}
 
     def _close_loop(self, batch: RolloutBatch, stats: TokenScores) -> None:
         config = self.config

@@ -20,7 +20,10 @@ from megavg.trainer.config import algorithm_class
 from megavg.trainer.step import make_signal
 from tests.rollout_batches import random_batch
 
-NAMES = names_in("megavg.algorithms")
+MODULES = names_in("megavg.algorithms")
+JOINS = ["two_stage+dapo", "top_entropy+dapo", "ecvgpo+gspo", "clip_cov+dr_grpo+papo", "adaptive_entropy+cispo",
+         "vepo+kl_cov", "examples.custom_algorithm", "examples.custom_algorithm+saei+sapo"]
+NAMES = MODULES + JOINS
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,7 +43,8 @@ def signal_of(algorithm: Algorithm, seed: int = 0):
 
 
 def test_the_folder_holds_the_algorithms_of_this_version():
-    assert {"grpo", "ecvgpo", "sft"} <= set(NAMES)
+    assert {"adaptive_entropy", "cispo", "clip_cov", "dapo", "dr_grpo", "ecvgpo", "grpo", "gspo", "kl_cov",
+            "noisy_rollout", "papo", "saei", "sapo", "sft", "top_entropy", "two_stage", "vepo"} == set(MODULES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +76,23 @@ def test_advantages_and_weights(name):
         assert (values[~batch.mask] == 0).all() and values.abs().sum() > 0
     assert (signal.weights >= 0).all()
     assert all(isinstance(value, float) for value in algorithm.metrics.values())
-    assert isinstance(algorithm.entropy_coefficient(0.5), float)
+    assert signal.entropy_weights.shape == batch.mask.shape and signal.entropy_weights.isfinite().all()
+    assert (signal.entropy_weights[~batch.mask] == 0).all()
+    assert (signal.coefficients >= 0).all() and (signal.coefficients[~batch.mask] == 0).all()
+    for values in signal.extra.values():
+        assert values.shape == batch.mask.shape and not values.requires_grad
+    assert signal.extra.keys() == signal.rows(2, 5).extra.keys()
+    assert isinstance(algorithm.resampling_tries, int) and algorithm.resampling_tries >= 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_leaves_the_batch_as_it_was(name):
+    algorithm = make(name)
+    batch, stats = random_batch()
+    tensors = (batch.mask, batch.rewards, stats.logprobs, stats.entropy, *vars(stats.perturbed).values())
+    before = [tensor.clone() for tensor in tensors]
+    make_signal(algorithm, batch, stats, None, 0.5)
+    assert all(torch.equal(*pair) for pair in zip(before, tensors))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,8 +120,9 @@ def test_state_survives_json(name):
 
 def test_importing_them_leaves_torch_alone():
     code = ("import sys\n"
+            "from megavg.trainer.config import algorithm_class\n"
             f"for name in {NAMES!r}:\n"
-            "    __import__(f'megavg.algorithms.{name}')\n"
+            "    algorithm_class(name).Config()\n"
             "    assert 'torch' not in sys.modules, name\n")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr

@@ -38,8 +38,8 @@ def slow_advantages(batch: RolloutBatch, stats: TokenScores, plain: torch.Tensor
     weights = {}
     for b, t in chosen:
         own = surprise[b][t]
-        weight = {"linear": lambda: 1 + c.alpha * (own - mean) / (mean + c.eps),
-                  "power": lambda: (max(own, c.eps) / (mean + c.eps)) ** c.alpha,
+        weight = {"linear": lambda: 1 + c.alpha * (own - mean) / (mean + c.information_eps),
+                  "power": lambda: (max(own, c.information_eps) / (mean + c.information_eps)) ** c.alpha,
                   "exponential": lambda: math.exp(c.alpha * own)}[c.form]()
         weights[b, t] = min(max(weight, c.w_min), c.w_max)
     scale = 1.0
@@ -164,9 +164,9 @@ def test_ranks_agree_with_one_process(form, level):
     rows = len(batch.rewards)
     cut = 2 * batch.group_size  # unequal shares
 
-    def on_rank(rank, all_sum):
+    def on_rank(rank, peers):
         algorithm = ECVGPO(config)
-        part = rows_of(batch, stats, *((0, cut) if rank == 0 else (cut, rows)), all_sum)
+        part = rows_of(batch, stats, *((0, cut) if rank == 0 else (cut, rows)), peers)
         return algorithm.advantages(*part), algorithm
 
     (first, one), (second, two) = on_threads(2, on_rank)
@@ -264,8 +264,9 @@ def test_sign_law_policy_gradient(seed):
         old = TokenScores(logits[tokens][:, None], torch.full((len(tokens), 1), entropy).double())
         advantages = algorithm.advantages(batch, old)
         ones = torch.ones_like(advantages)
+        signal = PolicySignal(advantages, ones, ones, old.logprobs, None, batch.mask, torch.zeros_like(ones))
         trained = logits.clone().requires_grad_()
         new = TokenScores(trained.log_softmax(-1)[tokens][:, None], old.entropy)
-        algorithm.token_loss(new, PolicySignal(advantages, ones, ones, old.logprobs)).mean().backward()
+        algorithm.token_loss(new, signal).mean().backward()
         after[alpha] = entropy_of(logits - 1e-3 * trained.grad)
     assert after[-0.4] < after[0.0] < after[0.4]

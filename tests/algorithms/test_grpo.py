@@ -33,7 +33,7 @@ def slow_loss(new: float, old: float, advantage: float, low: float, high: float,
 
 def signal(advantages, old, reference=None) -> PolicySignal:
     ones = torch.ones_like(advantages)
-    return PolicySignal(advantages, ones, ones, old, reference)
+    return PolicySignal(advantages, ones, ones, old, reference, ones.bool(), torch.zeros_like(ones))
 
 
 def test_grpo_is_the_base():
