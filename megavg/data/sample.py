@@ -27,7 +27,7 @@ from megavg.protocols.sample import Box, Sample
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 RECORD_FIELDS = ("id", "width", "height", "expression", "boxes_xyxy_px")
 REASONS = ("bad json", "missing field", "missing image", "empty box", "box outside image", "broken image",
-           "size mismatch", "bad key", "torn shard", "control token", "extreme aspect")
+           "size mismatch", "bad key", "torn shard", "control token", "extreme aspect", "no room for noise")
 
 # webdataset cuts a member's name at its first dot, and a plain tar header holds 100 characters.
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_\-/]{1,92}")

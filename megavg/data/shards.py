@@ -16,9 +16,11 @@ import random
 from collections import Counter
 from typing import Iterable, Iterator
 
+from megavg.data.noise import add_noise
 from megavg.data.sample import RawRecord, SampleError, parse_record, with_image
 from megavg.data.skips import SkipLog
 from megavg.data.tars import chain_shards
+from megavg.protocols.options import LabelNoise
 from megavg.protocols.sample import Sample
 
 
@@ -98,10 +100,10 @@ def _owned(records: Iterable[RawRecord], skips: SkipLog, rank: int, num_ranks: i
                 yield sample
 
 
-def _read(record: RawRecord, skips: SkipLog, decode: bool) -> Sample | None:
+def _read(record: RawRecord, skips: SkipLog, decode: bool, noise: LabelNoise = LabelNoise()) -> Sample | None:
     """The sample of ``record``, without its image unless ``decode``; None when the record is left out."""
     try:
-        sample = parse_record(record)
+        sample = add_noise(parse_record(record), noise)  # on every rank: all must leave out the same records
         return with_image(sample, record) if decode else sample
     except SampleError as error:
         skips.handle(error, record.index)
@@ -126,13 +128,15 @@ class PromptSource:
             batch instead of ``batch_size / dp_size``). Use it for shards that are not known to be clean.
         max_skipped: number of skipped records that is still accepted; a torn shard counts as one.
         infinite: False ends with ``StopIteration`` after the last full batch of one epoch.
+        noise: wrong labels for a share of the samples; none by default.
 
     Attributes:
         skipped: ``Counter`` of skipped records by reason, equal on every rank; a record counts once, not every epoch.
     """
 
     def __init__(self, shards: str | list[str], batch_size: int, seed: int, dp_rank: int = 0, dp_size: int = 1,
-                 shuffle_buffer: int = 1000, on_error: str = "raise", max_skipped: int = 100, infinite: bool = True):
+                 shuffle_buffer: int = 1000, on_error: str = "raise", max_skipped: int = 100, infinite: bool = True,
+                 noise: LabelNoise = LabelNoise()):
         if dp_size < 1 or not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank={dp_rank} is not a rank of dp_size={dp_size}")
         if batch_size < 1 or batch_size % dp_size:
@@ -141,7 +145,7 @@ class PromptSource:
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer={shuffle_buffer}: expected at least 1 (no shuffling inside a shard)")
         self.shards = expand_shards(shards)
-        self.batch_size, self.seed, self.infinite = batch_size, seed, infinite
+        self.batch_size, self.seed, self.infinite, self.noise = batch_size, seed, infinite, noise
         self.dp_rank, self.dp_size, self.shuffle_buffer = dp_rank, dp_size, shuffle_buffer
         # All ranks skip alike, so one of them is enough to say it.
         self._skips = SkipLog(on_error, max_skipped, level=logging.WARNING if dp_rank == 0 else logging.DEBUG)
@@ -171,7 +175,7 @@ class PromptSource:
             mine = place % self.dp_size == self.dp_rank
             if self._skips.skipping and self._skips.knows(record):
                 continue
-            sample = _read(record, self._skips, decode=mine or self._skips.skipping)
+            sample = _read(record, self._skips, decode=mine or self._skips.skipping, noise=self.noise)
             if sample is None:
                 continue
             if mine:
@@ -209,14 +213,14 @@ class PromptSource:
         The current epoch is read again up to that position, without decoding an image.
 
         Raises:
-            ValueError: when ``state`` belongs to other shards, another seed or another shuffle buffer.
+            ValueError: when ``state`` belongs to other shards, or another seed, shuffle buffer or noise.
         """
         saved, own = state["fingerprint"], self._fingerprint()
-        differing = [f"{name}: saved {saved.get(name)!r}, now {own[name]!r}" for name in own
-                     if saved.get(name) != own[name]]
+        differing = [f"{name}: saved {saved.get(name)!r}, now {own.get(name)!r}" for name in own | saved
+                     if saved.get(name) != own.get(name)]
         if differing:
             raise ValueError("this position belongs to another order of samples (" + "; ".join(differing) + "); "
-                             "give the same shards, seed and shuffle_buffer, or start from the beginning")
+                             "give the same shards, seed, shuffle_buffer and noise, or start from the beginning")
         for place, index, key, reason in state["skipped"]:
             self._skips.restore(self.shards[place], index, key, reason)
         self._begin(state["epoch"])
@@ -229,7 +233,8 @@ class PromptSource:
         self._position = (self._epoch, self._consumed)
 
     def _fingerprint(self) -> dict:
-        """What fixes the order of samples. Names and sizes, not folders: shards may move between machines."""
+        """What fixes the samples and their order. Names and sizes, not folders: shards may move between machines."""
         listing = json.dumps([[os.path.basename(shard), os.path.getsize(shard)] for shard in self.shards])
+        noise = {"noise": json.loads(json.dumps(vars(self.noise)))} if self.noise.probability else {}
         return {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "num_shards": len(self.shards),
-                "shards": hashlib.sha256(listing.encode("utf-8")).hexdigest()}
+                "shards": hashlib.sha256(listing.encode("utf-8")).hexdigest(), **noise}
