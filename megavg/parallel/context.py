@@ -69,6 +69,19 @@ class ParallelContext:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.dp_group)
         return int(largest)
 
+    def gather_values(self, values: torch.Tensor) -> torch.Tensor:
+        """Concatenate the data-parallel ranks' vectors [n], of any lengths, in rank order, on every rank."""
+        if self.dp_size == 1:
+            return values
+        counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(self.dp_size)]
+        dist.all_gather(counts, counts[0].new_tensor([values.numel()]), group=self.dp_group)
+        sizes = [int(count) for count in counts]
+        padded = values.new_zeros(max(sizes))
+        padded[:values.numel()] = values
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.dp_group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
     def gather_rows(self, rows: list) -> list:
         """Concatenate the data-parallel ranks' lists of plain objects, in rank order, on every rank."""
         if self.dp_size == 1:

@@ -18,6 +18,8 @@ from megavg.rollout.kv_cache import SharedPrefixCache
 class Answers:
     """``num_answers`` answers to each of P prompts, rows = P * num_answers; every stage holds the same tokens.
 
+    Answer g of a prompt, numbered from ``first``, draws its chance from the name ``streams[p]/g``.
+
     Attributes:
         tokens: [rows, max_new_tokens] int64, drawn so far.
         logprobs: same shape, fp32, known on the last stage only.
@@ -26,11 +28,11 @@ class Answers:
     """
 
     def __init__(self, stage: nn.Module, builder: InputBuilder, prompts: Sequence[EncodedPrompt], num_answers: int,
-                 params: SamplingParams, streams: Sequence[str], device: torch.device):
+                 params: SamplingParams, streams: Sequence[str], device: torch.device, first: int = 0):
         self._stage, self._builder, self._prompts, self._num_answers = stage, builder, prompts, num_answers
         self._limit, rows = params.max_new_tokens, len(prompts) * num_answers
-        self._noise = torch.stack([uniforms(f"{stream}/{g}", self._limit)
-                                   for stream in streams for g in range(num_answers)]).to(device)
+        self._noise = torch.stack([uniforms(f"{stream}/{g}", self._limit) for stream in streams
+                                   for g in range(first, first + num_answers)]).to(device)
         self._prompt_lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
         self._positions = torch.tensor([[next_position(builder.positions(prompt))] for prompt in prompts],
                                        device=device).repeat_interleave(num_answers, 0)

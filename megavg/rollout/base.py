@@ -33,5 +33,5 @@ class Generator(Protocol):
         """Take this rank's tensor-parallel shard of every parameter, one at a time."""
 
     def generate(self, prompts: Sequence[EncodedPrompt], num_answers: int, params: SamplingParams,
-                 streams: Sequence[str]) -> Generation:
-        """``num_answers`` answers per prompt; ``streams[p]`` names prompt p's randomness."""
+                 streams: Sequence[str], first: int = 0) -> Generation:
+        """Answers ``first`` to ``first + num_answers - 1`` of each prompt; ``streams[p]/g`` names answer g's chance."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megavg.protocols.config import ConfigError, apply_overrides, build, read_yaml, to_tree
-from megavg.protocols.options import HeadOptions, OptimizerConfig, SamplingParams, StageOptions, ZeroConfig
+from megavg.protocols.options import HeadOptions, LabelNoise, OptimizerConfig, SamplingParams, StageOptions, ZeroConfig
 from megavg.protocols.plugin import load_module, nearest
 
 
@@ -87,6 +87,7 @@ class DataConfig:
         shuffle_buffer: records held to shuffle among.
         on_error: ``raise`` on a broken record, or ``skip`` and count it.
         max_skipped: more skipped records than this end the run.
+        noise: wrong labels for a share of the training samples; none by default, never in evaluation.
     """
 
     shards: list[str]
@@ -95,6 +96,7 @@ class DataConfig:
     shuffle_buffer: int = 1000
     on_error: Literal["raise", "skip"] = "raise"
     max_skipped: int = 100
+    noise: LabelNoise = field(default_factory=LabelNoise)
 
     def __post_init__(self):
         try:
@@ -184,6 +186,7 @@ class TrainerConfig:
         export_hf: write the trained model to ``output_dir``/hf at the end.
         log_every: steps between plain lines where there is no terminal.
         picture_every: steps between pictures of answers; 0 draws none.
+        diagnostics_every: steps between histograms and heat maps of the answers' tokens; 0 makes none.
         tensorboard: write TensorBoard events.
     """
 
@@ -201,11 +204,13 @@ class TrainerConfig:
     export_hf: bool = True
     log_every: int = 10
     picture_every: int = 50
+    diagnostics_every: int = 50
     tensorboard: bool = True
 
     def __post_init__(self):
         _at_least(self, 1, "num_steps", "micro_batch_size", "updates_per_batch", "keep_last", "log_every")
-        _at_least(self, 0, "save_every", "picture_every", "micro_batch_tokens", "micro_batch_patches")
+        _at_least(self, 0, "save_every", "picture_every", "diagnostics_every", "micro_batch_tokens",
+                  "micro_batch_patches")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite cannot both be true")
 
@@ -240,11 +245,16 @@ class RunConfig:
 
 
 def algorithm_class(name: str):
-    """The class that ``algorithm.name`` names; no torch is imported for those of the package."""
-    module = load_module("megavg.algorithms", name, "algorithm.name")
-    if not hasattr(module, "ALGORITHM"):
-        raise ConfigError(f"algorithm.name={name!r}: module {module.__name__} defines no ALGORITHM")
-    return module.ALGORITHM
+    """The class that ``algorithm.name`` names, several joined by "+"; no torch is imported for those of the package."""
+    from megavg.algorithms._compose import compose
+
+    names, classes = name.split("+"), []
+    for part in names:
+        module = load_module("megavg.algorithms", part, "algorithm.name")
+        if not hasattr(module, "ALGORITHM"):
+            raise ConfigError(f"algorithm.name={name!r}: module {module.__name__} defines no ALGORITHM")
+        classes.append(module.ALGORITHM)
+    return compose(names, classes)
 
 
 def resolve(tree: dict) -> RunConfig:

@@ -8,7 +8,7 @@ import torch
 
 from megavg.parallel.context import ParallelContext
 from megavg.protocols.batch import RolloutBatch, TokenScores
-from megavg.trainer.rollouts import Judgement
+from megavg.trainer.rollouts import Judgement, Rollouts
 
 
 class PhaseClock:
@@ -23,11 +23,11 @@ class PhaseClock:
         self.laps, self._last = {}, time.monotonic()
 
     def lap(self, phase: str) -> None:
-        """End ``phase``, which began at the last lap."""
+        """End ``phase``, which began at the last lap; several of one name add up."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.monotonic()
-        self.laps[f"time/{phase}"] = now - self._last
+        self.laps[f"time/{phase}"] = self.laps.get(f"time/{phase}", 0.0) + now - self._last
         self._last = now
 
     def tensor(self, value: float) -> torch.Tensor:
@@ -59,14 +59,19 @@ def batch_metrics(batch: RolloutBatch, stats: TokenScores | None, entropy_sum: t
     return metrics
 
 
-def rollout_metrics(batch: RolloutBatch, stats: TokenScores, sampling_logprobs: torch.Tensor,
+def rollout_metrics(batch: RolloutBatch, stats: TokenScores, rollouts: Rollouts,
                     context: ParallelContext) -> dict[str, float]:
     """``rollout/logprob_gap``: the largest difference between log-probs reported while sampling and the scorer's.
 
-    Far above 1e-4 in fp32 means that generation and training disagree.
+    Far above 1e-4 in fp32 means that generation and training disagree. Answers to another image than the one they are
+    scored on do not count. ``data/noisy``: share of answers whose sample says that its label is noise.
     """
-    gap = (stats.logprobs - sampling_logprobs.to(stats.logprobs)).abs() * batch.mask
-    return {"rollout/logprob_gap": max(context.gather_rows([float(gap.max())]))}
+    on_clean = torch.tensor(rollouts.on_clean, device=batch.mask.device)[:, None]
+    gap = (stats.logprobs - rollouts.sampling_logprobs.to(stats.logprobs)).abs() * (batch.mask & on_clean)
+    parts = context.gather_rows([(float(gap.max()), float(batch.noisy.float().mean()))])
+    metrics = {"rollout/logprob_gap": max(part[0] for part in parts)}
+    noisy = sum(part[1] for part in parts) / len(parts)
+    return metrics | ({"data/noisy": noisy} if noisy else {})
 
 
 def judgement_metrics(judgement: Judgement, context: ParallelContext) -> dict:

@@ -18,7 +18,7 @@ from megavg.parallel.context import ParallelContext
 from megavg.parallel.engine import MicroBatchLoss, ZeroEngine
 from megavg.parallel.optimizer import choose_implementation
 from megavg.parallel.zero import check_deepspeed
-from megavg.protocols.batch import EncodedPrompt, ModelInputs, TokenScores
+from megavg.protocols.batch import EncodedPrompt, ModelInputs, PerturbedScores, TokenScores
 from megavg.protocols.options import OptimizerConfig, StageOptions, ZeroConfig
 from megavg.rollout.native import NativeGenerator
 from megavg.trainer.bad_data import told_to_all
@@ -77,6 +77,40 @@ class Policy:
         """Log-probs and entropies [B, width] of given answers under the trained weights, without a gradient."""
         return self._scores(self.sync().score, (prompts, prompt_of_row, responses), rows, width, temperature)
 
+    def score_pairs(self, prompts: Sequence[EncodedPrompt], prompt_of_row: Sequence[int],
+                    responses: Sequence[Sequence[int]], rows: Sequence[range], width: int, temperature: float,
+                    perturbed: Callable[[int], EncodedPrompt]) -> TokenScores:
+        """``score``, with ``TokenScores.perturbed``: the same answers to the prompt ``perturbed(b)`` of each row b."""
+        def build(i: int) -> ModelInputs:
+            chosen, places, answers = _select(prompts, prompt_of_row, responses, rows[i])
+            others = [perturbed(b) for b in rows[i]]
+            return self.builder.build([*chosen, *others], [*places, *range(len(chosen), len(chosen) + len(others))],
+                                      [*answers, *answers])
+
+        lengths = [[len(responses[b]) for b in part] for part in rows]
+        found = self.sync().score_pairs([sum(part) for part in lengths], build, temperature)
+        logprobs, entropy, *others = _to_rows(found, lengths, width)
+        return TokenScores(logprobs, entropy, perturbed=PerturbedScores(*others))
+
+    def entropy_gradients(self, prompts: Sequence[EncodedPrompt], prompt_of_row: Sequence[int],
+                          responses: Sequence[Sequence[int]], rows: Sequence[range], weights: torch.Tensor,
+                          temperature: float) -> list[torch.Tensor]:
+        """The gradient of sum(weights * entropy) to the ``pixel_values`` of each prompt, fp32, on every stage.
+
+        ``weights`` is [B, T]. The generator's copy is differentiated, whose parameters take no gradient.
+        """
+        used = [sorted({prompt_of_row[b] for b in part}) for part in rows]
+        parts = [torch.cat([weights[b, :len(responses[b])] for b in part]) for part in rows]
+        found = self.sync().entropy_gradients(
+            [part.numel() for part in parts], [sum(prompts[p].pixel_values.shape[0] for p in part) for part in used],
+            lambda i: self.builder.build(*_select(prompts, prompt_of_row, responses, rows[i])), parts, temperature)
+        gradients = [torch.zeros(prompt.pixel_values.shape) for prompt in prompts]
+        for part, gradient in zip(used, found):
+            sizes = [prompts[p].pixel_values.shape[0] for p in part]
+            for p, piece in zip(part, gradient.cpu().split(sizes)):
+                gradients[p] += piece
+        return gradients
+
     def reference_logprobs(self, prompts, prompt_of_row, responses, rows: Sequence[range], width: int,
                            temperature: float) -> torch.Tensor:
         """Log-probs [B, width] of given answers under the frozen starting model."""
@@ -88,8 +122,7 @@ class Policy:
         lengths = [[len(answers[2][b]) for b in part] for part in rows]
         found = score([sum(part) for part in lengths],
                       lambda i: self.builder.build(*_select(*answers, rows[i])), temperature)
-        return TokenScores(*(torch.cat([scatter_rows(values, part, width) for values, part in zip(all_values, lengths)])
-                             for all_values in zip(*found)))
+        return TokenScores(*_to_rows(found, lengths, width))
 
     def update(self, prompts, prompt_of_row, responses, rows: Sequence[range], loss: MicroBatchLoss,
                temperature: float, lr: float) -> tuple[float, float]:
@@ -133,6 +166,13 @@ class Policy:
             for _ in tensors:  # the gathers are collective
                 pass
         dist.barrier()
+
+
+def _to_rows(found: Sequence[Sequence[torch.Tensor]], lengths: Sequence[Sequence[int]],
+             width: int) -> list[torch.Tensor]:
+    """Scores [N] of each micro-batch, several kinds of them -> [B, width] of each kind."""
+    return [torch.cat([scatter_rows(values, part, width) for values, part in zip(all_values, lengths)])
+            for all_values in zip(*found)]
 
 
 def _select(prompts, prompt_of_row, responses, rows: range):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, Sequence
 
 import torch
@@ -11,9 +11,11 @@ import torch
 from megavg.evaluation.grounding import GroundingScores
 from megavg.models.processor import Processor
 from megavg.ops.box_text import format_boxes
-from megavg.protocols.batch import EncodedPrompt, RolloutBatch
-from megavg.protocols.sample import Completion, Sample
+from megavg.parallel.context import ParallelContext
+from megavg.protocols.batch import DIGITS, EncodedPrompt, RolloutBatch
+from megavg.protocols.sample import Completion, RewardResult, Sample
 from megavg.rewards.base import Term, score
+from megavg.trainer.token_kinds import TokenKinds
 
 
 @dataclass
@@ -25,7 +27,9 @@ class Rollouts:
         responses: B token lists, G per prompt.
         truncated: B flags.
         group_size: G.
+        streams: B names of each answer's chance, or none for written answers.
         sampling_logprobs: [B, T] as reported while sampling, or None for written answers.
+        on_clean: B flags, False where an answer was sampled from another image than its prompt's.
     """
 
     samples: list[Sample]
@@ -33,7 +37,9 @@ class Rollouts:
     responses: list[list[int]]
     truncated: list[bool]
     group_size: int
+    streams: list[str] = field(default_factory=list)
     sampling_logprobs: torch.Tensor | None = None
+    on_clean: list[bool] = field(default_factory=list)
 
     @property
     def prompt_of_row(self) -> list[int]:
@@ -86,40 +92,60 @@ class Judgement:
     Attributes:
         rewards: B weighted sums.
         rows: B evaluation rows (text, predicted boxes, IoU, reason).
-        term_means: mean unweighted score of each reward.
-        reasons: how often each reward gave each reason.
+        results: B times what each reward said, by its name.
     """
 
     rewards: list[float]
     rows: list[dict]
-    term_means: dict[str, float]
-    reasons: Counter
+    results: list[dict[str, RewardResult]]
+
+    def part(self, start: int, stop: int) -> Judgement:
+        """That of the answers ``start:stop``."""
+        return Judgement(self.rewards[start:stop], self.rows[start:stop], self.results[start:stop])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Judgement]) -> Judgement:
+        """That of the answers of all parts, one after the other."""
+        return cls([r for part in parts for r in part.rewards], [r for part in parts for r in part.rows],
+                   [r for part in parts for r in part.results])
+
+    @property
+    def term_means(self) -> dict[str, float]:
+        """Mean unweighted score of each reward."""
+        names = self.results[0] if self.results else ()
+        return {name: sum(result[name].score for result in self.results) / len(self.results) for name in names}
+
+    @property
+    def reasons(self) -> Counter:
+        """How often each reward gave each reason."""
+        return Counter(f"{name}: {result.reason}" for results in self.results for name, result in results.items())
 
 
 def judge(rollouts: Rollouts, processor: Processor, terms: Sequence[Term]) -> Judgement:
     """Reward every answer, and look at its boxes as the evaluation does."""
-    rewards, rows, reasons = [], [], Counter()
-    sums: Counter = Counter()
+    rewards, rows, results = [], [], []
     for p, completion in zip(rollouts.prompt_of_row, completions(rollouts, processor)):
         sample = rollouts.samples[p]
-        total, results = score(completion, sample, terms)
+        total, by_name = score(completion, sample, terms)
         rewards.append(total)
         rows.append(GroundingScores().add(sample, completion))
-        for name, result in results.items():
-            sums[name] += result.score
-            reasons[f"{name}: {result.reason}"] += 1
-    return Judgement(rewards, rows, {term.name: sums[term.name] / len(rewards) for term in terms}, reasons)
+        results.append(by_name)
+    return Judgement(rewards, rows, results)
 
 
-def to_batch(rollouts: Rollouts, rewards: Sequence[float], processor: Processor, device: torch.device,
-             all_sum: Callable[[torch.Tensor], torch.Tensor]) -> RolloutBatch:
+def to_batch(rollouts: Rollouts, rewards: Sequence[float], kinds: TokenKinds, context: ParallelContext,
+             max_new_tokens: int = 0) -> RolloutBatch:
     """Pad the answers into tensors."""
     width = rollouts.width
-    ids = torch.full((len(rollouts.responses), width), processor.pad_token_id)
+    ids = torch.full((len(rollouts.responses), width), kinds.pad_token_id)
     mask = torch.zeros(len(rollouts.responses), width, dtype=torch.bool)
     for b, response in enumerate(rollouts.responses):
         ids[b, :len(response)] = torch.tensor(response)
         mask[b, :len(response)] = True
-    digits = torch.isin(ids, torch.tensor(processor.digit_token_ids, dtype=torch.int64)) & mask
-    return RolloutBatch(ids.to(device), mask.to(device), torch.tensor(rewards, dtype=torch.float32, device=device),
-                        rollouts.group_size, digits.to(device), all_sum)
+    token_kinds = kinds.batch(rollouts.responses, width)
+    noisy = torch.tensor([bool(rollouts.samples[p].meta.get("noisy")) for p in rollouts.prompt_of_row])
+    device = context.device
+    return RolloutBatch(
+        ids.to(device), mask.to(device), torch.tensor(rewards, dtype=torch.float32, device=device),
+        rollouts.group_size, (token_kinds == DIGITS).to(device), context.sum_over_data, context.gather_values,
+        token_kinds.to(device), noisy.to(device), max_new_tokens, rollouts.streams)

@@ -15,8 +15,8 @@ _SHORT = {"reward/mean": "reward", "iou/mean": "IoU", "entropy/mean": "entropy",
 
 
 # everything a run puts into its folder; replacing a run removes these and nothing else
-WRITTEN = ("config.yaml", "deepspeed_config.json", "run.json", "metrics.jsonl", "tensorboard", "pictures", "evaluation",
-           "checkpoints", "hf")
+WRITTEN = ("config.yaml", "deepspeed_config.json", "run.json", "metrics.jsonl", "tensorboard", "pictures", "heat_maps",
+           "evaluation", "checkpoints", "hf")
 
 
 def remove_run(folder: Path) -> None:
@@ -99,6 +99,23 @@ class RunLog:
             import numpy
 
             self._board.add_image(name, numpy.asarray(image), step, dataformats="HWC")
+        return path
+
+    def histograms(self, step: int, values: dict[str, Any]) -> None:
+        """Send the distribution of each tensor's values to TensorBoard, where it is switched on."""
+        if self._board is not None:
+            for name, numbers in values.items():
+                self._board.add_histogram(name, numbers, step)
+
+    def page(self, step: int, name: str, html: str) -> Path | None:
+        """Keep an HTML page in the folder ``name``, which is one of ``WRITTEN``; written beside and renamed."""
+        if not self.is_writer:
+            return None
+        path = self.folder / name / f"step-{step:06d}.html"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(html, encoding="utf-8")
+        os.replace(partial, path)
         return path
 
     def close(self) -> None:

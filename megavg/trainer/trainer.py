@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -15,17 +15,21 @@ from megavg.checkpoint.train_state import checkpoints, read_train_state, save_tr
 from megavg.data.shards import PromptSource, expand_shards
 from megavg.evaluation.draw import panel
 from megavg.models.layers.norm import rms_norm_name
+from megavg.ops.chance import generator
+from megavg.ops.perturb import perturb
 from megavg.parallel.mcore import make_context, start_processes
-from megavg.protocols.batch import RolloutBatch, TokenScores
+from megavg.protocols.batch import EncodedPrompt, PolicySignal, RolloutBatch, TokenScores
 from megavg.rewards.base import load_rewards
-from megavg.trainer.bad_data import told_to_all
+from megavg.trainer.collect import Collector
 from megavg.trainer.config import RunConfig, algorithm_class, save_resolved
+from megavg.trainer.diagnostics import diagnose, kind_metrics
 from megavg.trainer.evaluator import Evaluator, answer_tile
 from megavg.trainer.metrics import PhaseClock, batch_metrics, judgement_metrics, rollout_metrics
 from megavg.trainer.policy import Policy
-from megavg.trainer.rollouts import Judgement, Rollouts, encode, judge, to_batch, written_answers
+from megavg.trainer.rollouts import Judgement, Rollouts, to_batch, written_answers
 from megavg.trainer.run_log import WRITTEN, RunLog, remove_run, write_json
-from megavg.trainer.step import make_signal, micro_batch_loss, micro_batches
+from megavg.trainer.step import MicroBatcher, make_signal, micro_batch_loss
+from megavg.trainer.token_kinds import TokenKinds
 
 
 class Trainer:
@@ -46,7 +50,8 @@ class Trainer:
                              "data.prompts_per_step or the number of processes")
         self.source = PromptSource(
             config.data.shards, config.data.prompts_per_step, self.settings.seed, self.context.dp_rank,
-            self.context.dp_size, config.data.shuffle_buffer, config.data.on_error, config.data.max_skipped)
+            self.context.dp_size, config.data.shuffle_buffer, config.data.on_error, config.data.max_skipped,
+            noise=config.data.noise)
         self.policy = Policy(config.model, config.optimizer, parallel.zero, self.context,
                              with_reference=getattr(config.algorithm, "kl_coefficient", 0.0) != 0.0,
                              prompts_per_pass=config.rollout.prompts_per_pass, options=config.stage_options())
@@ -58,7 +63,10 @@ class Trainer:
         self._prepare_folder()
         self.log = RunLog(self.folder, self.context.is_writer, self.settings.num_steps, self.start_step,
                           self.settings.log_every, self.settings.tensorboard)
-        self.clock = PhaseClock(device)
+        self.clock, self.kinds = PhaseClock(device), TokenKinds(self.policy.processor)
+        self.batcher = MicroBatcher(self.settings, self.context)
+        self.collector = Collector(self.policy, self.source, self.algorithm, self.rewards, config, self.context,
+                                   self.batcher, self.clock)
 
     def run(self) -> None:
         """Train to the last step, with the evaluations, checkpoints and the export that were asked for."""
@@ -82,67 +90,68 @@ class Trainer:
         """One optimiser batch, from prompts to the update."""
         progress, started = step / self.settings.num_steps, time.monotonic()
         self.clock.reset()
-        with told_to_all(self.context):
-            samples = self.source.next_batch()
-            prompts = encode(samples, self.policy.processor, self.config.data.question)
-        self.clock.lap("data")
+        judgement = stats = reference = None
         if self.algorithm.uses_rollouts:
-            rollouts = self.roll_out(samples, prompts, step)
-            self.clock.lap("rollout")
-            judgement = judge(rollouts, self.policy.processor, self.rewards)
+            rollouts, judgement = self.collector.collect(step, progress)
             batch = self._batch(rollouts, judgement.rewards)
-            self.clock.lap("reward")
             stats, reference = self.score(rollouts)
             self.clock.lap("score")
         else:
-            rollouts, judgement = written_answers(samples, prompts, self.policy.processor), None
-            stats = reference = None
+            samples, prompts = self.collector.prompts()
+            rollouts = written_answers(samples, prompts, self.policy.processor)
             batch = self._batch(rollouts, [0.0] * len(rollouts.responses))
-        loss, norm, entropy = self.update(rollouts, batch, stats, reference, step, progress)
+        signal = make_signal(self.algorithm, batch, stats, reference, progress)
+        loss, norm, entropy = self.update(rollouts, signal, step)
         self.clock.lap("update")
         metrics = {"loss": loss, "gradient_norm": norm, "lr": self._lr(step),
-                   **batch_metrics(batch, stats, entropy, reference), **self.algorithm.metrics}
+                   **batch_metrics(batch, stats, entropy, reference), **kind_metrics(batch, stats, signal),
+                   **self.algorithm.metrics}
         if self.config.head.skip_mass:
             num_scored = float(batch.all_sum(batch.mask.sum().float())) * self.settings.updates_per_batch
             metrics["head/dropped_mass"] = self.policy.take_dropped_mass() / num_scored
         if judgement:
-            metrics |= {**rollout_metrics(batch, stats, rollouts.sampling_logprobs, self.context),
+            metrics |= {**rollout_metrics(batch, stats, rollouts, self.context), **self.collector.metrics,
                         **judgement_metrics(judgement, self.context)}
         self._report(step + 1, metrics, rollouts, judgement, time.monotonic() - started)
-
-    def roll_out(self, samples, prompts, step: int) -> Rollouts:
-        """Sample G answers per prompt; the randomness of an answer depends on (seed, step, sample, answer) alone."""
-        size = self.config.rollout.group_size
-        # keys are unique inside a set of shards; the shard's name tells sets apart wherever they lie
-        streams = [f"{self.settings.seed}/{step}/{os.path.basename(sample.shard)}/{sample.key}" for sample in samples]
-        generation = self.policy.sync().generate(prompts, size, self.config.rollout, streams)
-        return Rollouts(samples, prompts, generation.responses, generation.truncated, size, generation.logprobs)
+        if self.settings.diagnostics_every and (step + 1) % self.settings.diagnostics_every == 0:
+            diagnose(self.log, step + 1, rollouts, batch, stats, signal, judgement, self.kinds)
 
     def score(self, rollouts: Rollouts) -> tuple[TokenScores, torch.Tensor | None]:
-        """Log-probs and entropies of the behaviour policy, and log-probs of the reference where one is kept."""
-        rows = self._micro_batches(rollouts)
-        where = (rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows, rollouts.width, self._temperature)
-        reference = self.policy.reference_logprobs(*where) if self.policy.reference is not None else None
-        return self.policy.score(*where), reference
+        """Log-probs and entropies of the behaviour policy, and log-probs of the reference where one is kept.
 
-    def update(self, rollouts: Rollouts, batch: RolloutBatch, stats: TokenScores | None,
-               reference: torch.Tensor | None, step: int, progress: float) -> tuple[float, float, torch.Tensor]:
-        """Let the algorithm weigh the tokens and take the optimiser steps.
+        Where the algorithm asks for it, each answer is also scored on a perturbed image of its own.
+        """
+        prompts, of_row, responses = answers = rollouts.prompts, rollouts.prompt_of_row, rollouts.responses
+        rows, reference, how = self.batcher.rows(*answers), None, self.algorithm.perturbation
+        if self.policy.reference is not None:
+            reference = self.policy.reference_logprobs(*answers, rows, rollouts.width, self._temperature)
+        if how is None:
+            return self.policy.score(*answers, rows, rollouts.width, self._temperature), reference
+        layout = self.policy.processor.pixel_layout
+
+        def perturbed(b: int) -> EncodedPrompt:
+            prompt, chance = prompts[of_row[b]], generator(f"{rollouts.streams[b]}/perturbation")
+            return dataclasses.replace(prompt, pixel_values=perturb(prompt.pixel_values, layout, how, chance))
+
+        rows = self.batcher.paired_rows(*answers)
+        return self.policy.score_pairs(*answers, rows, rollouts.width, self._temperature, perturbed), reference
+
+    def update(self, rollouts: Rollouts, signal: PolicySignal, step: int) -> tuple[float, float, torch.Tensor]:
+        """Take the optimiser steps on what the algorithm has decided.
 
         Returns (loss, gradient norm before clipping, this data-parallel rank's sum of entropies), of the last step.
         """
-        rows = self._micro_batches(rollouts)
-        where = (rollouts.prompts, rollouts.prompt_of_row, rollouts.responses, rows)
-        signal = make_signal(self.algorithm, batch, stats, reference, progress)
+        answers = rollouts.prompts, rollouts.prompt_of_row, rollouts.responses
+        rows = self.batcher.rows(*answers)
+        token_loss = micro_batch_loss(self.algorithm, signal, rows)
         for _ in range(self.settings.updates_per_batch):
-            token_loss = micro_batch_loss(self.algorithm, signal, batch, rows, progress)
             entropy_sum = torch.zeros((), device=self.context.device)
 
             def loss(i, logprobs, entropy):
                 entropy_sum.add_(entropy.detach().sum())
                 return token_loss(i, logprobs, entropy)
 
-            value, norm = self.policy.update(*where, loss, self._temperature, self._lr(step))
+            value, norm = self.policy.update(*answers, rows, loss, self._temperature, self._lr(step))
         if not math.isfinite(value) or not math.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: loss {value}, gradient norm {norm}; lower optimizer.lr, or set "
                                      "model.dtype=float32 to see whether it is rounding")
@@ -236,13 +245,6 @@ class Trainer:
             save_resolved(self.config, self.folder / "config.yaml")
         dist.barrier()
 
-    def _micro_batches(self, rollouts: Rollouts) -> list[range]:
-        settings = self.settings
-        return micro_batches(
-            rollouts.row_tokens, [prompt.pixel_values.shape[0] for prompt in rollouts.prompts], rollouts.prompt_of_row,
-            settings.micro_batch_size, settings.micro_batch_tokens, settings.micro_batch_patches,
-            self.context.max_over_data)
-
     @property
     def _temperature(self) -> float:
         # greedy rollouts and written answers are scored at temperature 1
@@ -252,7 +254,8 @@ class Trainer:
         return self.config.optimizer.lr_at(step, self.settings.num_steps)
 
     def _batch(self, rollouts: Rollouts, rewards) -> RolloutBatch:
-        return to_batch(rollouts, rewards, self.policy.processor, self.context.device, self.context.sum_over_data)
+        return to_batch(rollouts, rewards, self.kinds, self.context,
+                        self.config.rollout.max_new_tokens if self.algorithm.uses_rollouts else 0)
 
     def _announce(self) -> None:
         model = self.policy.model

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavg.algorithms.ecvgpo import ECVGPO
+from megavg.algorithms.grpo import GRPO
 from megavg.algorithms.sft import SFT
 from megavg.protocols.batch import TokenScores
 from megavg.protocols.options import OptimizerConfig, ZeroConfig
 from megavg.trainer.config import ModelConfig
 from megavg.trainer.step import coefficients, make_signal, micro_batch_loss, micro_batches
 from tests.distributed import run_ranks
-from tests.rollout_batches import on_threads, random_batch, rows_of
+from tests.rollout_batches import on_ranks, on_threads, random_batch, rows_of
 
 AGGREGATIONS = ("response_mean", "token_mean")
 OPTIONS = {"alpha": 0.4, "entropy_coefficient": 0.01, "kl_coefficient": 0.04}
@@ -28,8 +29,8 @@ def test_shares_sum_to_one_over_two_ranks(aggregation, cut):
     batch, stats = random_batch(3)
     rows = len(batch.rewards)
 
-    def on_rank(rank, all_sum):
-        part, _ = rows_of(batch, stats, *((0, cut) if rank == 0 else (cut, rows)), all_sum)
+    def on_rank(rank, peers):
+        part, _ = rows_of(batch, stats, *((0, cut) if rank == 0 else (cut, rows)), peers)
         return coefficients(part, aggregation)
 
     shares = torch.cat(on_threads(2, on_rank))
@@ -43,8 +44,52 @@ def test_shares_by_hand():
     batch = replace(batch, mask=torch.tensor([[True, True, True, True], [True, False, False, False]]))
     assert coefficients(batch, "response_mean").tolist() == [[0.125] * 4, [0.5, 0, 0, 0]]
     assert coefficients(batch, "token_mean")[0].tolist() == pytest.approx([0.2] * 4)
-    with pytest.raises(ValueError, match="algorithm.aggregation='sum' is not one of response_mean, token_mean"):
+    with pytest.raises(ValueError, match="algorithm.aggregation='sum' is not one of response_mean, token_mean, const"):
         coefficients(batch, "sum")
+
+
+def test_constant_shares_by_hand():
+    batch, stats = random_batch()
+    batch = replace(batch, mask=torch.tensor([[True, True, True, True], [True, False, False, False]]),
+                    rewards=torch.zeros(2), max_new_tokens=10)
+    assert coefficients(batch, "constant").tolist() == [pytest.approx([0.05] * 4), pytest.approx([0.05, 0, 0, 0])]
+    with pytest.raises(ValueError, match="written answers lack; take token_mean or response_mean"):
+        coefficients(replace(batch, max_new_tokens=0), "constant")
+    batch, stats = random_batch(3)
+    shares = torch.cat(on_ranks(batch, stats, [4, 16], lambda part, *_: coefficients(part, "constant")))
+    assert torch.allclose(shares, coefficients(batch, "constant"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_shares_of_counted_tokens(aggregation):
+    """Only counted tokens share, and answers without any are no answers."""
+    batch, stats = random_batch(5)
+    counted = batch.answer_mask.clone()
+    counted[:5] = False
+    shares = coefficients(batch, aggregation, counted)
+    per_answer = counted.sum(1).tolist()
+    total, answers = sum(per_answer), sum(n > 0 for n in per_answer)
+    assert answers < len(per_answer)
+    for b, n in enumerate(per_answer):
+        for t in range(batch.mask.shape[1]):
+            expected = 1 / total if aggregation == "token_mean" else 1 / (answers * max(n, 1))
+            assert float(shares[b, t]) == pytest.approx(expected if counted[b, t] else 0.0, abs=1e-7)
+
+    def on_rank(part, part_stats, start, stop):
+        return coefficients(part, aggregation, counted[start:stop])
+
+    assert torch.allclose(torch.cat(on_ranks(batch, stats, [4, 16], on_rank)), shares, rtol=1e-6, atol=0)
+
+
+def test_an_entropy_coefficient_of_each_answer():
+    batch, stats = random_batch(6, dtype=torch.float64)
+    algorithm = GRPO(GRPO.Config())
+    each = torch.linspace(-1, 1, len(batch.rewards), dtype=torch.float64)[:, None]
+    algorithm.entropy_coefficient = lambda *_: each
+    signal = make_signal(algorithm, batch, stats, None, 0.5)
+    expected = [float(each[b]) / (len(each) * int(batch.mask[b].sum())) for b in range(len(each))]
+    for b, value in enumerate(expected):
+        assert signal.entropy_weights[b].tolist() == pytest.approx([value * bool(m) for m in batch.mask[b]], rel=1e-6)
 
 
 def cut_rows(num_rows: int, size: int) -> list[range]:
@@ -99,7 +144,7 @@ def loss_and_gradient(algorithm, batch, stats, reference, data, size: int):
     signal = make_signal(algorithm, batch, stats, reference, 0.5)
     policy = TinyPolicy()
     rows = cut_rows(len(batch.rewards), size)
-    loss = micro_batch_loss(algorithm, signal, batch, rows, 0.5)
+    loss = micro_batch_loss(algorithm, signal, rows)
     total = 0.0
     for i, part in enumerate(rows):
         keep = batch.mask[part.start:part.stop]
@@ -134,9 +179,9 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches_or_ranks(aggregation, 
         other, other_gradient = loss_and_gradient(make(aggregation), batch, stats, reference, (features, tokens), size)
         assert other == pytest.approx(loss, abs=1e-6) and torch.allclose(other_gradient, gradient, rtol=0, atol=1e-6)
 
-    def on_rank(rank, all_sum):
+    def on_rank(rank, peers):
         start, stop = (0, 8) if rank == 0 else (8, rows)
-        part = rows_of(batch, stats, start, stop, all_sum)
+        part = rows_of(batch, stats, start, stop, peers)
         data = (features[start:stop], tokens[start:stop])
         return loss_and_gradient(make(aggregation), *part, reference[start:stop], data, 3)
 
@@ -163,7 +208,7 @@ def test_a_dropped_token_still_gets_the_entropy_bonus():
     """``weights`` drop tokens from the policy loss; the bonus is on every token."""
     batch, stats, reference, features, tokens = tiny_problem()
     algorithm = SFT(SFT.Config(entropy_coefficient=0.5))
-    algorithm.weights = lambda batch, stats, progress: torch.zeros(batch.mask.shape, dtype=torch.float64)
+    algorithm.weights = lambda batch, *_: torch.zeros(batch.mask.shape, dtype=torch.float64)
     loss, _ = loss_and_gradient(algorithm, batch, stats, None, (features, tokens), 4)
     entropy = TinyPolicy()(features, tokens).entropy[batch.mask]
     assert loss == pytest.approx(-0.5 * float(entropy.detach().mean()), abs=1e-6)
@@ -188,12 +233,12 @@ def real_updates(checkpoint: str, sizes: list[int]) -> list[tuple[float, float, 
         responses = [torch.randint(10, 200, (3 + 2 * b,), generator=generator).tolist() for b in range(8)]
         rollouts = Rollouts(samples, prompts, responses, [False] * 8, group_size=4)
         rewards = torch.rand(8, generator=generator).tolist()
-        batch = to_batch(rollouts, rewards, policy.processor, context.device, context.sum_over_data)
+        batch = to_batch(rollouts, rewards, policy.processor, context)
         rows = cut_rows(8, size)
         where = (prompts, rollouts.prompt_of_row, responses, rows)
         stats = policy.score(*where, rollouts.width, 1.0)
         algorithm = ECVGPO(ECVGPO.Config(alpha=0.4, entropy_coefficient=0.01))
-        loss = micro_batch_loss(algorithm, make_signal(algorithm, batch, stats, None, 0.0), batch, rows, 0.0)
+        loss = micro_batch_loss(algorithm, make_signal(algorithm, batch, stats, None, 0.0), rows)
         value, norm = policy.update(*where, loss, 1.0, 1e-3)
         found.append((value, norm, {name: tensor.numpy().copy() for name, tensor in policy.engine.weights()}))
     return found
