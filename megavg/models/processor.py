@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megavg.models.processor_files import PROCESSOR_FILES, Parts, load_parts
 from megavg.protocols.batch import EncodedPrompt
+from megavg.protocols.pixels import PixelLayout
 from megavg.protocols.sample import Frame
 
 if TYPE_CHECKING:
@@ -120,6 +121,13 @@ class Processor:
         """Numbers of one patch in ``pixel_values``: 3 colours, its frames in time, its pixels."""
         processor = self.image_processor
         return 3 * processor.temporal_patch_size * processor.patch_size**2
+
+    @property
+    def pixel_layout(self) -> PixelLayout:
+        """What the numbers of ``pixel_values`` mean."""
+        processor = self.image_processor
+        mean, std = (tuple(float(x) for x in values) for values in (processor.image_mean, processor.image_std))
+        return PixelLayout(mean, std, processor.temporal_patch_size, processor.patch_size)
 
     def _expand(self, ids: list[int], grids: Sequence[tuple[int, int, int]]) -> list[int]:
         """Repeat each image's token once for every feature of it."""

@@ -1,15 +1,16 @@
-"""How far apart two distributions under one vocabulary-parallel head are: Jensen-Shannon divergence and entropy gap.
+"""How far apart two distributions under one vocabulary-parallel head are: Jensen-Shannon divergence, KL, entropy gap.
 
 With p = softmax(h W^T / T), q = softmax(h' W^T / T), m = (p + q) / 2 and H the entropy,
 
-    K_P = sum p log(p/m),   K_Q = sum q log(q/m),   JSD = (K_P + K_Q) / 2,   gap = H(p) - H(q),
+    K_P = sum p log(p/m),   K_Q = sum q log(q/m),   JSD = (K_P + K_Q) / 2,   KL = sum p log(p/q),   gap = H(p) - H(q),
 
     dJSD/dz_j = p_j / 2T (log(p_j/m_j) - K_P),           dgap/dz_j = -p_j / T (log p_j + H(p)),
 
 and likewise for q. log(p/m) mixes both normalisers, so there is no one-pass form: a first sweep takes the statistics
-of both (one all-gather), a second one K_P and K_Q (one all-reduce of [2, N]), the backward makes the logits anew (one
-reduction). With d = log p - log q the larger of log(p/m), log(q/m) is -log1p(expm1(-|d|) / 2) and the smaller is that
-less |d|: nothing cancels where p is near q, nor where one of them vanishes.
+of both (one all-gather), a second one K_P, K_Q and KL (one all-reduce of [3, N]), the backward makes the logits anew
+(one reduction). With d = log p - log q the larger of log(p/m), log(q/m) is -log1p(expm1(-|d|) / 2) and the smaller is
+that less |d|; KL is summed as p d + q - p = p (d + expm1(-d)), never negative and of second order in d. So nothing
+cancels where p is near q, nor where one of them vanishes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megavg.ops.vocab_gradient import HeadGradients, HiddenReduction, sweep
-from megavg.ops.vocab_inputs import check_finite, check_head, make_rows, make_scale, without_autocast
+from megavg.ops.vocab_inputs import (check_finite, check_head, check_targets, make_rows, make_scale,
+                                     without_autocast)
 from megavg.ops.vocab_rows import NATS, Blocks, HeadRows, column_blocks
 from megavg.ops.vocab_shard import VocabShard, gather_tables, merge
 from megavg.ops.vocab_torch import scaled_logits, statistics
-from megavg.protocols.batch import PairScores
+from megavg.protocols.batch import IGNORE, PairScores
 
 
 def pair_divergence(
@@ -35,6 +37,7 @@ def pair_divergence(
     shard: VocabShard,
     temperature: float | torch.Tensor = 1.0,
     *,
+    targets: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> PairScores:
@@ -47,12 +50,14 @@ def pair_divergence(
         weight: [Vs, D], this rank's rows of the head, which both share.
         shard: which rows these are.
         temperature: > 0, a number or [N].
+        targets: [N] int64, ids whose log-probs under P and Q are wanted too, which costs no further pass. Ids of -100
+            get 0; the divergence counts their rows all the same.
         bias: [Vs].
         blocks: size of the tiles; None takes what was the fastest.
 
     Returns:
-        ``PairScores`` of [N] fp32 (fp64 for fp64 input), equal on all ranks; the divergence and the gap are
-        differentiable to both hidden states, weight and bias.
+        ``PairScores`` of [N] fp32 (fp64 for fp64 input), equal on all ranks; the Jensen-Shannon divergence and the gap
+        are differentiable to both hidden states, weight and bias.
 
     Raises:
         ValueError: as ``token_scores``; hidden states of two shapes.
@@ -64,7 +69,9 @@ def pair_divergence(
     scale = make_scale(temperature, hidden_p.shape[0], hidden_p)
     if isinstance(scale, torch.Tensor):
         scale = scale.repeat(2)
-    return PairScores(*_PairDivergence.apply(hidden_p, hidden_q, weight, bias, shard, scale, blocks))
+    if targets is not None:
+        check_targets(targets, hidden_p.shape[0], shard, IGNORE, sequence_parallel=False)
+    return PairScores(*_PairDivergence.apply(hidden_p, hidden_q, weight, bias, targets, shard, scale, blocks))
 
 
 class _PairDivergence(torch.autograd.Function):
@@ -72,27 +79,31 @@ class _PairDivergence(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, hidden_p, hidden_q, weight, bias, shard: VocabShard, scale, blocks: Blocks | None):
+    def forward(ctx, hidden_p, hidden_q, weight, bias, targets, shard: VocabShard, scale, blocks: Blocks | None):
         n = hidden_p.shape[0]
         whole = torch.cat([hidden_p, hidden_q])
-        rows = make_rows(whole, weight, bias, shard, scale)
+        both_targets = None if targets is None else targets.repeat(2)
+        rows = make_rows(whole, weight, bias, shard, scale, both_targets)
         blocks = blocks or Blocks.default(2 * n, whole.device)
         table, _ = statistics(rows, blocks)
-        # no targets: log p_y is that of a logit 0, and as finite as the rest
-        merged = merge(gather_tables(table, shard))
+        # without a target log p_y is that of a logit 0, and as finite as the rest
+        merged = merge(gather_tables(table, shard, both_targets))
         check_finite(merged, whole, weight, bias)
         log_total = merged.total.double().log2().to(rows.dtype)
         divergence = _divergences(rows, merged.reference, log_total, blocks)
         if shard.world_size > 1:
             dist.all_reduce(divergence, group=shard.group)
         ctx.save_for_backward(hidden_p, hidden_q, weight, bias, merged.reference, log_total, merged.entropy,
-                              divergence.flatten())
+                              divergence[:2].flatten())
         ctx.shard, ctx.scale, ctx.blocks = shard, scale, blocks
         entropy = merged.entropy
-        jsd = divergence.mean(0).clamp(0, math.log(2)).to(rows.dtype)
-        results = jsd, entropy[:n] - entropy[n:], entropy[:n].clone(), entropy[n:].clone()
+        jsd = divergence[:2].mean(0).clamp(0, math.log(2)).to(rows.dtype)
+        results = [jsd, entropy[:n] - entropy[n:], entropy[:n].clone(), entropy[n:].clone(),
+                   divergence[2].clamp_min(0).to(rows.dtype)]
+        if targets is not None:
+            results += [part.clone() for part in merged.logprobs.where(both_targets != IGNORE, 0).view(2, n)]
         ctx.mark_non_differentiable(*results[2:])
-        return results
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
@@ -119,7 +130,7 @@ class _PairDivergence(torch.autograd.Function):
         grad = reduction.wait()
         grad_p = grad[:n].to(hidden_p.dtype) if wants_p else None
         grad_q = grad[n:].to(hidden_q.dtype) if wants_q else None
-        return grad_p, grad_q, grads.weight, grads.bias, None, None, None
+        return grad_p, grad_q, grads.weight, grads.bias, None, None, None, None
 
 
 def _log_probs(rows: HeadRows, tile: slice, weight, block: slice, reference, log_total) -> torch.Tensor:
@@ -144,18 +155,25 @@ def _log_ratios(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor,
     return larger - d.neg().clamp_min_(0), larger.sub_(d.clamp_min_(0))
 
 
+def _kl_terms(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """p d + q - p with d = log p - log q; where q is much larger than p, expm1(-d) would overflow."""
+    return torch.where(d > -1, d.neg().expm1_().add_(d).mul_(p), p * d + q - p)
+
+
 def _divergences(rows: HeadRows, reference, log_total, blocks: Blocks) -> torch.Tensor:
-    """[2, N] fp64: this rank's part of K_P and K_Q."""
+    """[3, N] fp64: this rank's part of K_P, K_Q and KL(P || Q)."""
     num_rows = rows.hidden.shape[0]
-    sums = torch.zeros(num_rows, dtype=torch.float64, device=rows.hidden.device)
+    n = num_rows // 2
+    sums = torch.zeros(num_rows + n, dtype=torch.float64, device=rows.hidden.device)
     for block in column_blocks(rows.weight.shape[0], blocks.columns) if num_rows else []:
         weight = rows.operand(rows.weight[block])
         for tiles in _pair_tiles(num_rows, blocks):
             log_p, log_q = (_log_probs(rows, tile, weight, block, reference, log_total) for tile in tiles)
             probs = log_p.exp(), log_q.exp()
+            sums[num_rows:][tiles[0]] += _kl_terms(*probs, log_p - log_q).sum(1)
             for tile, prob, ratio in zip(tiles, probs, _log_ratios(log_p, log_q)):
                 sums[tile] += prob.mul_(ratio).sum(1)
-    return sums.view(2, num_rows // 2)
+    return sums.view(3, n)
 
 
 class _PairGradient:

@@ -12,10 +12,11 @@ from torch import nn
 
 from megavg.parallel import zero
 from megavg.parallel.context import ParallelContext
+from megavg.parallel.frozen import frozen, release_leftovers
 from megavg.parallel.mcore import DeepSpeedMpu
 from megavg.parallel.optimizer import make_optimizer
+from megavg.parallel.passes import StagePasses
 from megavg.parallel.pipeline import StageLink
-from megavg.parallel.schedule import Work, one_forward_one_backward
 from megavg.protocols.batch import ModelInputs
 from megavg.protocols.options import OptimizerConfig, ZeroConfig
 
@@ -26,7 +27,7 @@ MicroBatchLoss = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 class ZeroEngine:
     """A stage whose parameters, gradients and optimiser state are partitioned over the data-parallel group.
 
-    With ``optimizer=None`` the stage is frozen: parameters are partitioned and only ``scores`` can be asked for.
+    With ``optimizer=None`` the stage is frozen: parameters are partitioned and it only scores.
 
     Args:
         stage: a module that maps the fields of ``ModelInputs`` and ``hidden`` to hidden states, or on the last stage to
@@ -48,6 +49,7 @@ class ZeroEngine:
         self.context, self.stage, self.dtype = context, stage, dtype
         self.config = zero.deepspeed_config(options, optimizer.gradient_clipping if optimizer else 0.0, dtype)
         self.link = StageLink(context)
+        self._passes = StagePasses(stage, self.link, context, dtype)
         self._keep_gathered, adamw, self.optimizer_name = options.keep_gathered, None, ""
         if optimizer is None:
             stage.requires_grad_(False)
@@ -74,7 +76,7 @@ class ZeroEngine:
         in_flight: dict[int, tuple] = {}
 
         def forward(i: int, inputs: ModelInputs, received: torch.Tensor | None) -> torch.Tensor | None:
-            output = self._run(inputs, received, temperature)
+            output = self._engine(**inputs.as_kwargs(), hidden=received, temperature=temperature)
             if self.context.is_last_stage:
                 value = loss(i, *output)
                 total.add_(value.detach())
@@ -93,9 +95,8 @@ class ZeroEngine:
                 output.backward(gradient)
             return None if received is None else received.grad
 
-        order = one_forward_one_backward(num_micro_batches, self.context.pp_rank, self.context.pp_size)
-        with zero.kept_gathered(self.stage) if self._keep_gathered else contextlib.nullcontext():
-            self._work_through(order, micro_batch, forward, backward)
+        with self._gathering():
+            self._passes.work_through(num_micro_batches, micro_batch, forward, backward)
         if self.stage.tied_copy is not None:
             zero.sum_tied_gradient(self.stage.tied_copy)
         return float(self.link.from_last(self.context.sum_over_data(total)))
@@ -107,15 +108,26 @@ class ZeroEngine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    @torch.no_grad()
     def scores(self, num_scored: Sequence[int], micro_batch: Callable[[int], ModelInputs],
                temperature: float = 1.0) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(log-probs [N], entropies [N]) of the scored positions of each micro-batch, on every stage, no gradient.
 
         ``num_scored`` are the N of the micro-batches.
         """
-        return scores_through_stages(self._engine, self.stage, self.link, self.context, self.dtype, num_scored,
-                                     micro_batch, temperature)
+        return self._passes.scores(self._engine, num_scored, micro_batch, temperature)
+
+    def entropy_gradients(self, num_scored: Sequence[int], num_patches: Sequence[int],
+                          micro_batch: Callable[[int], ModelInputs], weights: Sequence[torch.Tensor],
+                          temperature: float = 1.0) -> list[torch.Tensor]:
+        """The gradient of sum(weights[i] * entropy) to the pixels of each micro-batch i; see ``StagePasses``.
+
+        No parameter receives a gradient, and those accumulated so far stay as they are. The modules are run without
+        DeepSpeed's engine around them, which would count a backward. All data-parallel ranks bring equally many
+        micro-batches.
+        """
+        with frozen(self.stage), self._gathering():
+            return self._passes.entropy_gradients(num_scored, num_patches, micro_batch, weights, temperature,
+                                                  lambda: release_leftovers(self._engine))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of this stage by name, whole along data parallelism; valid until the next is asked for."""
@@ -137,67 +149,5 @@ class ZeroEngine:
             raise ValueError(f"{folder}/zero holds no state for {self.context.layout}; it was written by another "
                              "layout or is incomplete")
 
-    def _run(self, inputs: ModelInputs, hidden: torch.Tensor | None, temperature: float):
-        return self._engine(**inputs.as_kwargs(), hidden=hidden, temperature=temperature)
-
-    def _work_through(self, order: list[Work], micro_batch, forward, backward) -> None:
-        """Do the work of ``order``, with one exchange between each two pieces of it."""
-        ahead, behind = self.context.pp_rank + 1, self.context.pp_rank - 1
-        inputs: dict[int, ModelInputs] = {}
-        shapes: dict[int, torch.Size] = {}
-
-        def expected(work: Work | None) -> list[tuple[torch.Tensor, int]]:
-            if work is None:
-                return []
-            if work.is_forward:
-                inputs[work.index] = micro_batch(work.index)
-                return [] if self.context.is_first_stage else [
-                    (hidden_buffer(self.stage, inputs[work.index], self.dtype), behind)]
-            return [] if self.context.is_last_stage else [
-                (torch.empty(shapes.pop(work.index), dtype=self.dtype, device=self.context.device), ahead)]
-
-        received = expected(order[0])
-        self.link.exchange([], received)
-        for work, following in zip(order, [*order[1:], None]):
-            buffer = received[0][0] if received else None
-            if work.is_forward:
-                hidden = None if buffer is None else buffer.requires_grad_()
-                output, to = forward(work.index, inputs.pop(work.index), hidden), ahead
-                if output is not None:
-                    shapes[work.index] = output.shape
-            else:
-                output, to = backward(work.index, buffer), behind
-            received = expected(following)
-            self.link.exchange([] if output is None else [(output, to)], received)
-        self.link.flush()
-
-
-def hidden_buffer(stage: nn.Module, inputs: ModelInputs, dtype: torch.dtype) -> torch.Tensor:
-    """Room for the hidden states that a stage receives for ``inputs``."""
-    return torch.empty(stage.hidden_shape(inputs.input_ids), dtype=dtype, device=inputs.input_ids.device)
-
-
-def scores_through_stages(run: Callable, stage: nn.Module, link: StageLink, context: ParallelContext,
-                          dtype: torch.dtype, num_scored: Sequence[int], micro_batch: Callable[[int], ModelInputs],
-                          temperature: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Run micro-batches forward through the pipeline; every stage gets the last one's (log-probs, entropies).
-
-    Stages work on different micro-batches at the same time. ``run`` is ``stage`` or the engine around it.
-    """
-    results = []
-    for i, n in enumerate(num_scored):
-        inputs = micro_batch(i)
-        received = None
-        if not context.is_first_stage:
-            received = hidden_buffer(stage, inputs, dtype)
-            link.exchange([], [(received, context.pp_rank - 1)])
-        output = run(**inputs.as_kwargs(), hidden=received, temperature=temperature)
-        if not context.is_last_stage:
-            link.exchange([(output, context.pp_rank + 1)], [])
-            output = torch.empty(2, n, device=context.device).unbind()
-        results.append(output)
-    link.flush()
-    if context.pp_size == 1:
-        return results
-    joined = link.from_last(torch.cat([torch.stack([scores.float() for scores in pair]) for pair in results], 1))
-    return [tuple(part.unbind()) for part in joined.split(list(num_scored), 1)]
+    def _gathering(self) -> contextlib.AbstractContextManager:
+        return zero.kept_gathered(self.stage) if self._keep_gathered else contextlib.nullcontext()

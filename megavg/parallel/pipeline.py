@@ -1,4 +1,4 @@
-"""What pipeline stages tell each other: tensors from stage to stage, and results from the last stage to all."""
+"""What pipeline stages tell each other: tensors from stage to stage, and results of one stage to all."""
 
 from __future__ import annotations
 
@@ -48,9 +48,16 @@ class StageLink:
 
     def from_last(self, tensor: torch.Tensor) -> torch.Tensor:
         """The last stage's ``tensor``, which replaces that of the other stages; all bring the same shape and dtype."""
+        return self._from(self._context.pp_size - 1, tensor)
+
+    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first stage's ``tensor``, likewise."""
+        return self._from(0, tensor)
+
+    def _from(self, stage: int, tensor: torch.Tensor) -> torch.Tensor:
         if self._context.pp_size > 1:
             tensor = tensor.contiguous()
-            dist.broadcast(tensor, self._peer(self._context.pp_size - 1), group=self._context.pp_group)
+            dist.broadcast(tensor, self._peer(stage), group=self._context.pp_group)
         return tensor
 
     def _peer(self, stage: int) -> int:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megavg.models.base import Model, copy_weights
 from megavg.models.inputs import InputBuilder
 from megavg.parallel.context import ParallelContext
-from megavg.parallel.engine import scores_through_stages
+from megavg.parallel.passes import StagePasses
 from megavg.parallel.pipeline import StageLink
 from megavg.protocols.batch import EncodedPrompt, ModelInputs
 from megavg.protocols.options import SamplingParams
@@ -38,6 +38,7 @@ class NativeGenerator:
         model = dataclasses.replace(model, options=options)
         self.stage = model.build_stage(context, dtype).eval().requires_grad_(False)
         self.link = StageLink(context)
+        self._passes = StagePasses(self.stage, self.link, context, dtype)
         self.vocab_size = model.dims.vocab_size
         self.end_token_ids = torch.tensor(end_token_ids, device=context.device)
         self.forbidden = torch.zeros(self.vocab_size, dtype=torch.bool, device=context.device)
@@ -49,28 +50,47 @@ class NativeGenerator:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[EncodedPrompt], num_answers: int, params: SamplingParams,
-                 streams: Sequence[str]) -> Generation:
+                 streams: Sequence[str], first: int = 0) -> Generation:
         """Sample ``num_answers`` answers per prompt from one prefill of it; every stage gets them all.
 
-        The same ``streams`` give the same answers whatever the pass size and the layout, up to rounding of logits.
+        They are numbered from ``first``; the number is part of an answer's chance. The same ``streams`` give the same
+        answers whatever the pass size and the layout, up to rounding of logits.
         """
         parts = []
         for start in range(0, len(prompts), self.prompts_per_pass):
             chosen = slice(start, start + self.prompts_per_pass)
-            parts += self._generate_pass(prompts[chosen], num_answers, params, streams[chosen])
+            parts += self._generate_pass(prompts[chosen], num_answers, params, streams[chosen], first)
         width = max(int(part.lengths.max()) for part in parts)
         logprobs = torch.cat([part.logprobs[:, :width] for part in parts])
         return Generation([response for part in parts for response in part.responses], self.link.from_last(logprobs),
                           [truncated for part in parts for truncated in part.running.tolist()])
 
-    @torch.no_grad()
     def score(self, num_scored: Sequence[int], micro_batch: Callable[[int], ModelInputs],
               temperature: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Teacher-force given answers: (log-probs [N], entropies [N]) of each micro-batch, on every stage."""
-        return scores_through_stages(self.stage, self.stage, self.link, self.context, self.dtype, num_scored,
-                                     micro_batch, temperature)
+        return self._passes.scores(self.stage, num_scored, micro_batch, temperature)
 
-    def _generate_pass(self, prompts, num_answers: int, params: SamplingParams, streams) -> list[Answers]:
+    def score_pairs(self, num_scored: Sequence[int], micro_batch: Callable[[int], ModelInputs],
+                    temperature: float) -> list[tuple[torch.Tensor, ...]]:
+        """Teacher-force answers on clean images, P, and on perturbed ones, Q; on every stage, no gradient.
+
+        Args:
+            num_scored: n, the tokens of each micro-batch's answers, counted once.
+            micro_batch: its rows are the answers on clean images and then the same answers on perturbed ones.
+
+        Returns:
+            (log P, H(P), log Q, H(Q), JSD, KL(P || Q)) of each micro-batch, each [n] fp32, nats.
+        """
+        return self._passes.scores(self.stage, num_scored, micro_batch, temperature, paired=True)
+
+    def entropy_gradients(self, num_scored: Sequence[int], num_patches: Sequence[int],
+                          micro_batch: Callable[[int], ModelInputs], weights: Sequence[torch.Tensor],
+                          temperature: float) -> list[torch.Tensor]:
+        """The gradient of sum(weights[i] * entropy) to the pixels of each micro-batch i; see ``StagePasses``."""
+        return self._passes.entropy_gradients(num_scored, num_patches, micro_batch, weights, temperature)
+
+    def _generate_pass(self, prompts, num_answers: int, params: SamplingParams, streams,
+                       first: int) -> list[Answers]:
         """Answer ``prompts`` in as many groups as there are stages, so that every stage has one to work on.
 
         In tick n stage s does piece n - s; piece j is token j // stages of group j % stages. At the end of a tick
@@ -80,7 +100,8 @@ class NativeGenerator:
         size, rank = self.context.pp_size, self.context.pp_rank
         per_group = -(-len(prompts) // size)
         groups = [Answers(self.stage, self.builder, prompts[i:i + per_group], num_answers, params,
-                          streams[i:i + per_group], self.context.device) for i in range(0, len(prompts), per_group)]
+                          streams[i:i + per_group], self.context.device, first)
+                  for i in range(0, len(prompts), per_group)]
 
         def piece(j: int) -> Answers | None:
             """The group of piece j, or None where there is nothing to do."""

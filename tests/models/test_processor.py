@@ -129,6 +129,28 @@ def test_several_images_and_none(checkpoints, family):
     assert processor.image_token_id not in none.input_ids
 
 
+@pytest.mark.parametrize("family", FORMATS)
+def test_the_pixel_layout_leads_back_to_the_resized_image(checkpoints, family):
+    processor, image = load(checkpoints, family), noise((131, 77))
+    prompt, layout = processor.encode_prompt(image, "x"), processor.pixel_layout
+    (_, rows, columns), = prompt.image_grid_thw
+    size, merge = layout.patch_size, processor.image_processor.merge_size
+    resized = np.asarray(image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)) / 255
+    patches = layout.split(prompt.pixel_values)
+    assert patches.shape == (rows * columns, 3, 2, size * size) and layout.temporal_patch_size == 2
+    assert torch.equal(patches[:, :, 0], patches[:, :, 1])
+    # patches come in squares of merge x merge
+    places = [(top + y, left + x) for top in range(0, rows, merge) for left in range(0, columns, merge)
+              for y in range(merge) for x in range(merge)]
+    for patch, (row, column) in zip(patches, places, strict=True):
+        for channel in range(3):
+            pixels = patch[channel, 0] * layout.std[channel] + layout.mean[channel]
+            cut = resized[row * size:(row + 1) * size, column * size:(column + 1) * size, channel]
+            np.testing.assert_allclose(pixels.view(size, size), cut, atol=1e-6)
+    black, white = layout.bounds(patches)
+    assert bool((patches >= black - 1e-6).all()) and bool((patches <= white + 1e-6).all())
+
+
 def test_videos_are_refused(checkpoints):
     frames = np.zeros((4, 32, 32, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="expected an image, got ndarray; videos are not supported: give single frames"):

@@ -6,6 +6,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import nn
 
+from megavg.ops.vocab_pair import pair_divergence
 from megavg.ops.vocab_parallel import token_scores
 from megavg.ops.vocab_shard import VocabShard
 from megavg.ops.vocab_torch import project
@@ -34,12 +35,27 @@ class LMHead(nn.Module):
             tensor_parallel.set_tensor_model_parallel_attributes(tied, True, 0, 1)
         self.weight = tied
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float):
-        """hidden [N, D], targets [N] -> (log-probs [N], entropies [N]), equal on all tensor-parallel ranks."""
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float,
+                paired: bool = False) -> tuple[torch.Tensor, ...]:
+        """hidden [N, D], targets [N] -> (log-probs [N], entropies [N]), equal on all tensor-parallel ranks.
+
+        With ``paired`` the rows are n of P and then n of Q, with the same targets: (log P, H(P), log Q, H(Q), JSD,
+        KL(P || Q)), each [n], all but JSD without a gradient.
+        """
+        if paired:
+            return self._pair_scores(hidden, targets, temperature)
         scores = token_scores(hidden, self.weight, targets, self.shard, temperature, options=self.options)
-        if scores.dropped_mass is not None:
+        if scores.dropped_mass is not None and self.weight.requires_grad:  # else it is no update's backward
             self.dropped_mass = self.dropped_mass.to(hidden.device) + scores.dropped_mass.sum()
         return scores.logprobs, scores.entropy
+
+    def _pair_scores(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+        n = len(targets) // 2
+        if not torch.equal(targets[:n], targets[n:]):
+            raise ValueError("the rows on perturbed images must have the answers of those on clean ones, in the same "
+                             "order")
+        pair = pair_divergence(hidden[:n], hidden[n:], self.weight, self.shard, temperature, targets=targets[:n])
+        return pair.logprobs_p, pair.entropy_p, pair.logprobs_q, pair.entropy_q, pair.jsd, pair.kl
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, D] -> this rank's logits [N, Vs], fp32; for the few positions that are sampled."""

@@ -131,11 +131,13 @@ class QwenVLStage(nn.Module):
         return self._gather(x, position_ids.shape[1:]) if self.sequence_parallel else x
 
     def forward(self, input_ids, position_ids, target_ids, pixel_values, image_grid_thw, feature_index,
-                row_lengths=None, hidden=None, temperature: float = 1.0):
+                row_lengths=None, hidden=None, temperature: float = 1.0, paired: bool = False):
         """One micro-batch (fields of ``ModelInputs``).
 
         Returns the hidden states (``hidden_shape``) on all but the last stage; there (log-probs, entropies), each [N],
-        of the positions whose target is not IGNORE, in row order.
+        of the positions whose target is not IGNORE, in row order. With ``paired`` the second half of the rows holds the
+        same answers on perturbed images: (log P, H(P), log Q, H(Q), JSD, KL(P || Q)), each [N / 2], P being the first
+        half's distributions and Q the second's.
         """
         deepstack = []
         if self.has_embedding:
@@ -145,7 +147,7 @@ class QwenVLStage(nn.Module):
         if not self.has_head:
             return hidden
         scored = target_ids != IGNORE
-        return self.head(hidden[scored], target_ids[scored], temperature)
+        return self.head(hidden[scored], target_ids[scored], temperature, paired)
 
     def _scatter(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, D], equal on all tensor-parallel ranks -> this rank's rows [n, D]."""
