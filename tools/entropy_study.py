@@ -11,6 +11,8 @@ has changed since are refused, or replaced with --redo. It ends with exit code 1
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -56,7 +58,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             print("\n".join(task.name for task in tasks))
             return 0
-        failed = {} if arguments.report_only else train(study, tasks, out, arguments)
+        if arguments.report_only:
+            failed = {}
+        else:
+            with _alone_in(out):
+                failed = train(study, tasks, out, arguments)
     except (ConfigError, _Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -88,6 +94,19 @@ def _study(arguments: argparse.Namespace, out: Path) -> Study:
     return read_study(arguments.config, arguments.quick, arguments.overrides)
 
 
+@contextlib.contextmanager
+def _alone_in(out: Path):
+    """Keep a second process from working on the same study; the lock goes with the process, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _Refused(f"another process works on the study in {out}; wait for it, or name another folder with "
+                           "--out") from error
+        yield
+
+
 def train(study: Study, tasks: list[Task], out: Path, arguments: argparse.Namespace) -> dict[str, str]:
     """Carry out what has no result yet; returns the errors of failed trainings by name."""
     from tools.study_runs import ChangedConfiguration, Runner, num_workers, say, unfinished
@@ -98,7 +117,6 @@ def train(study: Study, tasks: list[Task], out: Path, arguments: argparse.Namesp
         todo = unfinished(tasks, out, arguments.redo)
     except ChangedConfiguration as error:
         raise _Refused(str(error)) from error
-    out.mkdir(parents=True, exist_ok=True)
     save_study(study, out / "study.yaml")
     say(f"{len(tasks) - len(todo)} of {len(tasks)} trainings are done, {len(todo)} are left; folder {out}")
     if not todo:

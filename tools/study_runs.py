@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -218,7 +219,20 @@ def _one_thread():
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
 
 
+def _end_with_parent() -> None:
+    """Leave as soon as the process that gives the tasks is gone, however it went: another study may take the folder."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _worker_main(pipe: Connection, out: str, gpu: str | None) -> None:
+    _end_with_parent()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(free_port()))
     os.environ.update({"DS_ACCELERATOR": "cpu"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})

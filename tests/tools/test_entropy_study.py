@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import math
 import re
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megavg.protocols.config import ConfigError
@@ -20,6 +25,7 @@ from tools.study_report import differences, mean_and_error, read_results, verdic
 from tools.study_runs import ChangedConfiguration, Runner, final_figures, read_result, unfinished, write_json
 
 SMALL = ["only=[grpo,ecvgpo_minus25]", "seeds=[0]", "noises=[0]"]
+ROOT = Path(__file__).resolve().parents[2]
 FACTS = {"command": "python tools/entropy_study.py", "workers": 2, "device": "CPU", "seconds": 600.0}
 
 
@@ -248,6 +254,29 @@ def test_a_small_study_runs_fails_where_it_must_and_goes_on(tmp_path, capsys):
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} and len(stamps) == 3
     assert main(tiny_study(out, "run.optimizer.lr=2e-4")) == 2
     assert "another configuration" in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused(tmp_path, capsys):
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(tiny_study(tmp_path)) == 2
+    assert "another process works on the study" in capsys.readouterr().err
+
+
+def test_workers_end_with_a_killed_study(tmp_path):
+    """Otherwise they would write into the folder that the next call works in."""
+    study = subprocess.Popen([sys.executable, str(ROOT / "tools/entropy_study.py"), *tiny_study(tmp_path)],
+                             stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "seed0/warmup/log.txt").exists():
+            assert time.monotonic() < deadline and study.poll() is None
+            time.sleep(0.1)
+        workers = psutil.Process(study.pid).children(recursive=True)
+    finally:
+        study.kill()
+        study.wait()
+    assert workers and psutil.wait_procs(workers, timeout=20)[1] == []
 
 
 def test_runs_of_a_failed_warm_up_are_given_up(study, tmp_path):
