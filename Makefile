@@ -4,12 +4,14 @@
 # make clean   remove what these made
 #
 # Variables: PYTHON (3.11 or newer), PIP_ARGS (for pip install, such as the index of CPU-only torch wheels),
-# DEMO_ARGS (for tools/run_demo.py), TEST_ARGS (for pytest).
+# DEMO_ARGS (for tools/run_demo.py), TEST_ARGS (for pytest), TEST_WORKERS (files tested at a time).
 
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# most tests keep one core busy, and those with several processes wait for each other half of the time
+TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
@@ -35,7 +37,7 @@ $(VENV)/.ready-to-test: $(VENV)/.ready requirements-test.txt
 	@touch $@
 
 test: $(VENV)/.ready-to-test
-	$(BIN)/python -m pytest --durations=10 $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations=10 $(TEST_ARGS)
 
 demo: setup
 	$(BIN)/python tools/run_demo.py $(DEMO_ARGS)

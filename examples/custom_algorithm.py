@@ -33,7 +33,7 @@ class PositiveOnly(Algorithm):
         """Options of this method beside GRPO's.
 
         Attributes:
-            worse_answers: what the policy loss of a token with a negative advantage is multiplied by.
+            worse_answers: what the loss of a token with a negative advantage is multiplied by.
         """
 
         worse_answers: float = 0.0

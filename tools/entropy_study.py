@@ -17,7 +17,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 if not __package__:
@@ -122,11 +121,9 @@ def train(study: Study, tasks: list[Task], out: Path, arguments: argparse.Namesp
     if not todo:
         return {}
     make_data(study, out / "data", arguments.redo)
-    workers, started = num_workers(arguments.workers), time.monotonic()
-    try:
-        return Runner(out, todo, workers).run()
-    finally:
-        _keep_facts(out, arguments, workers, time.monotonic() - started)
+    workers = num_workers(arguments.workers)
+    _keep_facts(out, arguments, workers)
+    return Runner(out, todo, workers).run()
 
 
 def make_data(study: Study, folder: Path, redo: bool) -> None:
@@ -151,23 +148,22 @@ def make_data(study: Study, folder: Path, redo: bool) -> None:
     write_json(done, spec)
 
 
-def _keep_facts(out: Path, arguments: argparse.Namespace, workers: int, seconds: float) -> None:
-    """What the report says of how the study was made; the time is summed over calls."""
+def _keep_facts(out: Path, arguments: argparse.Namespace, workers: int) -> None:
+    """What the report says of how the study was made."""
     from tools.study_runs import visible_gpus, write_json
 
     words = ["python", "tools/entropy_study.py", *(["--quick"] if arguments.quick else []),
              *(["--config", os.path.relpath(arguments.config, ROOT)] if arguments.config != str(CONFIG) else []),
              *arguments.overrides]
     write_json(out / "facts.json", {"command": shlex.join(words), "workers": workers,
-                                    "device": "GPU" if visible_gpus() else "CPU",
-                                    "seconds": seconds + _facts(out)["seconds"]})
+                                    "device": "GPU" if visible_gpus() else "CPU"})
 
 
 def _facts(out: Path) -> dict:
     path = out / "facts.json"
     if path.is_file():
         return json.loads(path.read_text())
-    return {"command": "python tools/entropy_study.py", "workers": 0, "device": "CPU", "seconds": 0.0}
+    return {"command": "python tools/entropy_study.py", "workers": 0, "device": "CPU"}
 
 
 if __name__ == "__main__":

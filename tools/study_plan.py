@@ -15,6 +15,16 @@ from megavg.protocols.config import ConfigError, apply_overrides, build, read_ya
 from megavg.protocols.plugin import nearest
 from megavg.trainer.config import algorithm_class, resolve
 
+FIGURES = {
+    "acc_at_50": "held-out Acc@0.5",
+    "mean_iou": "held-out mean IoU",
+    "entropy": "entropy of the last tenth of the steps, nats",
+    "entropy_rise": "entropy before 80 % of the steps / at the start",
+    "entropy_fall": "entropy at the end / before 80 % of the steps",
+    "saei_gain": "rise of the selected tokens' entropy by the attack, nats",
+}
+"""The figures of a run that a report tells of, and what they are."""
+
 OUT = "{out}"
 """Stands for the study's folder in the trees of its runs, so that a study can be moved."""
 
@@ -58,7 +68,7 @@ class Claim:
     Attributes:
         text: the claim in words.
         source: arXiv id of the paper.
-        metric: the figure of a run that is compared; ``FIGURES`` of the report says what each is.
+        metric: the figure of a run that is compared, one of ``FIGURES``.
         higher, lower: what should be above what.
         noises: noise levels that are compared; empty takes all at which both sides have runs.
         lower_noise: take the lower side's runs at this noise level, whatever the higher side's.
@@ -71,6 +81,10 @@ class Claim:
     lower: float | str
     noises: list[float] = field(default_factory=list)
     lower_noise: float | None = None
+
+    def __post_init__(self):
+        if self.metric not in FIGURES:
+            raise ValueError(f"metric={self.metric!r} does not exist{nearest(self.metric, FIGURES)}")
 
 
 @dataclass(frozen=True)
@@ -176,10 +190,13 @@ def read_study(path: str | Path, quick: bool = False, overrides: list[str] | tup
 
 
 def check_noises(study: Study) -> None:
-    """Refuse a level of a method that its study lacks. A study made smaller lacks some, which are then left out."""
+    """Refuse a level of a method or of a claim that its study lacks. A study made smaller lacks some, which are then left out."""
     for name, method in study.methods.items():
         if set(method.noises) - set(study.noises):
             raise ConfigError(f"methods.{name}.noises={method.noises} are not all in noises={study.noises}")
+    for claim in study.claims:
+        if {*claim.noises, *([] if claim.lower_noise is None else [claim.lower_noise])} - set(study.noises):
+            raise ConfigError(f"claim {claim.text!r}: its noise levels are not all in noises={study.noises}")
 
 
 def save_study(study: Study, path: Path) -> None:

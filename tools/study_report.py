@@ -8,17 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.study_chart import Panel, chart
-from tools.study_plan import Claim, Study, mark_of, plan
+from tools.study_plan import FIGURES, Claim, Study, mark_of, plan
 from tools.study_runs import FAILURE, read_result
 
-FIGURES = {
-    "acc_at_50": "held-out Acc@0.5",
-    "mean_iou": "held-out mean IoU",
-    "entropy": "entropy of the last tenth of the steps, nats",
-    "entropy_rise": "entropy before 80 % of the steps / at the start",
-    "entropy_fall": "entropy at the end / before 80 % of the steps",
-    "saei_gain": "rise of the selected tokens' entropy by the attack, nats",
-}
 MIN_PAIRS = 3
 CONFIRMED, NOT_SEEN, CONTRADICTED, NOT_RUN = "confirmed", "not seen", "contradicted", "not run"
 
@@ -112,8 +104,7 @@ def write_report(study: Study, out: Path, folder: Path, facts: dict) -> Results:
     """Write results.csv, the charts and index.md into ``folder``.
 
     Args:
-        facts: what the results do not say: ``command``, ``seconds`` (of the whole study so far, by the clock),
-            ``workers`` and ``device``.
+        facts: what the results do not say: ``command``, ``workers`` and ``device``.
     """
     results = read_results(study, out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,8 +156,8 @@ def _head(study: Study, results: Results, facts: dict) -> list[str]:
         f"- Seeds: {', '.join(map(str, study.seeds))}; each has its own starting weights, warm-up, order and sampling. "
         f"The warm-ups' validation Acc@0.5: {starts or 'none is done'}.",
         f"- Evaluation: greedy, {study.data.held_out} held-out scenes, the same for every run.",
-        f"- Made by `{facts['command']}` with {facts['workers']} worker(s), {facts['device']}: "
-        f"{facts['seconds'] / 60:.0f} minutes by the clock, {work / 60:.0f} minutes of training and evaluation.", ""]
+        f"- Made by `{facts['command']}` on {facts['device']} with {facts['workers']} trainings at a time: "
+        f"{work / 60:.0f} minutes of training and evaluation in all.", ""]
 
 
 def _tables(study: Study, results: Results) -> list[str]:

@@ -32,12 +32,16 @@ class MixedRollouts(Algorithm):
             if self.num_clean is not None and self.num_clean < 1:
                 raise ValueError(f"num_clean={self.num_clean} must be at least 1")
 
+    def check(self, group_size: int, max_new_tokens: int) -> None:
+        super().check(group_size, max_new_tokens)
+        if (self.config.num_clean or 0) > group_size:
+            raise ValueError(f"algorithm.num_clean={self.config.num_clean} is more than "
+                             f"rollout.group_size={group_size}")
+
     def explore(self, explorer: Explorer, progress: float) -> list[list[Answer]]:
         """Sample num_clean answers on the clean images and the rest on the others, numbered on."""
         group_size = explorer.group_size
         num_clean = self.config.num_clean or max(1, group_size // 2)
-        if num_clean > group_size:
-            raise ValueError(f"algorithm.num_clean={num_clean} is more than rollout.group_size={group_size}")
         answers = explorer.sample(num_clean)
         if num_clean == group_size:
             return answers

@@ -83,6 +83,18 @@ class Algorithm:
         """How many further batches of prompts may be drawn to replace groups whose rewards are all equal."""
         return 0
 
+    @property
+    def entropy_aggregation(self) -> str:
+        """What the mean entropy is a mean over: like the loss, and all tokens where that is no mean."""
+        return "token_mean" if self.config.aggregation == "constant" else self.config.aggregation
+
+    def check(self, group_size: int, max_new_tokens: int) -> None:
+        """Refuse options that do not fit the rollouts, before anything is loaded.
+
+        Raises:
+            ValueError: it names both options.
+        """
+
     def explore(self, explorer: Explorer, progress: float) -> list[list[Answer]]:
         """Sample G answers to each prompt: [P][G]. ``progress`` runs from 0 to 1 over the training."""
         return explorer.sample(explorer.group_size)
@@ -101,7 +113,7 @@ class Algorithm:
 
     def weights(self, batch: RolloutBatch, stats: TokenScores, advantages: torch.Tensor,
                 progress: float) -> torch.Tensor:
-        """Weight of every token's loss [B, T]; 0 drops it."""
+        """Weight of every token's loss [B, T], its KL included; 0 drops it."""
         return batch.mask.float()
 
     def counted_tokens(self, batch: RolloutBatch, weights: torch.Tensor) -> torch.Tensor:

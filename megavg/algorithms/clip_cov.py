@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ClipCov(Algorithm):
-    """Drop the policy loss of a random max(1, int(clip_cov_share * N)) tokens of high covariance. [exact]
+    """Drop the loss, but for an entropy bonus, of a random max(1, int(clip_cov_share * N)) tokens of high covariance. [exact]
 
     The covariance of a token is (A - mean A)(log pi_old - mean log pi_old), means and N over the valid tokens of the
     whole optimiser batch; candidates have one between clip_cov_low and clip_cov_high. The authors' code takes log pi

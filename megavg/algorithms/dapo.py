@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class DAPO(Algorithm):
     """GRPO with a wider upper clip, the mean over all tokens, and groups that teach something. [exact]
 
-    Groups whose rewards are all equal are drawn anew, a bounded number of times. An answer of n tokens gets
+    Groups whose rewards, as judged, are all equal are drawn anew, a bounded number of times. An answer of n tokens gets
     (L_max - cache - n) / cache, from 0 down to -1, added to its reward where n > L_max - cache.
     """
 
@@ -46,14 +46,17 @@ class DAPO(Algorithm):
     def resampling_tries(self) -> int:
         return self.config.resample_tries
 
+    def check(self, group_size: int, max_new_tokens: int) -> None:
+        super().check(group_size, max_new_tokens)
+        if self.config.overlong_cache > max_new_tokens:
+            raise ValueError(f"algorithm.overlong_cache={self.config.overlong_cache} is more than "
+                             f"rollout.max_new_tokens={max_new_tokens}; choose a smaller one")
+
     def rewards(self, batch: RolloutBatch) -> torch.Tensor:
         """Rewards [B] with the punishment of length added."""
         rewards, cache = super().rewards(batch), self.config.overlong_cache
         if not cache:
             return rewards
-        if cache > batch.max_new_tokens:
-            raise ValueError(f"algorithm.overlong_cache={cache} is more than rollout.max_new_tokens="
-                             f"{batch.max_new_tokens}; choose a smaller one")
         into = batch.mask.sum(1) - (batch.max_new_tokens - cache)
         return rewards - into.clamp_min(0) / cache
 

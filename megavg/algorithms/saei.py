@@ -25,7 +25,8 @@ class SaEI(MixedRollouts):
     I' = clip(I + eps sign(grad J)), J = sum of H over S / |S|, S the tokens of the first answers whose H lies between
     two quantiles (of linear interpolation) of the group's, both included; all of its tokens where none does. S stays
     fixed over the steps; each of several is 2.5 eps / steps and projected back. No parameter receives a gradient, and
-    there is no importance correction. eps = 0 is GRPO.
+    there is no importance correction. eps = 0 is GRPO. The ball holds for pixels in fp32; a model in bf16 rounds them
+    once more, to 8 bits.
     """
 
     mark = "[ours]"

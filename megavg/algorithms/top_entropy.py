@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TopEntropy(Algorithm):
-    """Drop the policy loss of all but the ceil(share * N) tokens of the highest entropy. [exact]
+    """Drop the loss, but for an entropy bonus, of all but the ceil(share * N) tokens of the highest entropy. [exact]
 
     N are the valid tokens of the whole optimiser batch, and the mean is still taken over all of them. Tokens that tie
     with the last one are kept. The paper builds it on DAPO: ``top_entropy+dapo``.
@@ -41,13 +40,13 @@ class TopEntropy(Algorithm):
     def weights(self, batch: RolloutBatch, stats: TokenScores, advantages: torch.Tensor,
                 progress: float) -> torch.Tensor:
         """Weights of the methods behind, 0 on tokens that are not kept [B, T]."""
-        from megavg.ops.selection import largest, num_valid
+        from megavg.ops.selection import largest, share_of
 
-        total = num_valid(batch.mask, batch.all_sum)
-        count = math.ceil(round(self.config.share * total, 6))  # 0.07 * 100 is 7.000000000000001
+        total = batch.all_sum(batch.mask.sum())
+        count = int(share_of(self.config.share, total))
         entropy = stats.entropy.detach()
         kept = largest(entropy if self.config.take == "top" else -entropy, batch.mask, count, batch.all_gather)
-        self.metrics["top_entropy/kept_share"] = num_valid(kept, batch.all_sum) / max(total, 1)
+        self.metrics["top_entropy/kept_share"] = float(batch.all_sum(kept.sum()) / total.clamp_min(1))
         return super().weights(batch, stats, advantages, progress) * kept
 
 

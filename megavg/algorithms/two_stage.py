@@ -17,7 +17,7 @@ class TwoStage(Algorithm):
     """GRPO that rewards entropy until ``switch`` of the training is over, and punishes it from then on. [reported]
 
     The objective gains lambda(tau) H, with H the mean over answers of the mean over tokens, lambda = +lambda_max while
-    tau <= switch and -lambda_min afterwards. It acts on every answer, groups of equal rewards included. The schedule is
+    less than ``switch`` of the steps are done and -lambda_min afterwards. It acts on every answer, groups of equal rewards included. The schedule is
     as reported; the sizes of the lambdas and the cap are this project's. In the paper entropy rises to about 4 times
     its start and then falls to a fifth of its peak: compare the logged ratios.
     """
@@ -60,6 +60,11 @@ class TwoStage(Algorithm):
         self.first_entropy: float | None = None
         self.peak_entropy = 0.0
 
+    @property
+    def entropy_aggregation(self) -> str:
+        """Its own mean, over answers of the mean over tokens, whatever the loss is a mean of."""
+        return "response_mean"
+
     def entropy_coefficient(self, batch: RolloutBatch, stats: TokenScores | None,
                             progress: float) -> float | torch.Tensor:
         """The signed lambda of this step, or [B, 1] of each answer, beside what another method adds."""
@@ -91,7 +96,7 @@ class TwoStage(Algorithm):
         if variant in ("max", "min"):
             return raised if variant == "max" else lowered
         if variant in ("max_to_min", "min_to_max"):
-            return raised if (progress <= self.config.switch) == (variant == "max_to_min") else lowered
+            return raised if (progress < self.config.switch) == (variant == "max_to_min") else lowered
         if batch.noisy is None:
             raise ValueError(f"algorithm.variant={variant} needs to know which labels are noise, which these samples "
                              "do not say; set data.noise.probability or take max_to_min")

@@ -100,12 +100,12 @@ class VEPO(Algorithm):
         """[B, T] bool, True on the selected tokens: at least one of every answer that has any."""
         import torch
 
+        from megavg.ops.selection import share_of
+
         lowest = self.config.take == "bottom"
         scores = self._scores(batch, stats).masked_fill(~batch.mask, torch.inf if lowest else -torch.inf)
         places = scores.argsort(dim=1, descending=not lowest, stable=True).argsort(dim=1)
-        # less a little: 0.07 * 100 is 7.000000000000001 in floating point
-        count = (self.config.keep * batch.mask.sum(1, keepdim=True).double() - 1e-9).ceil().clamp_min(1)
-        return (places < count) & batch.mask
+        return (places < share_of(self.config.keep, batch.mask.sum(1, keepdim=True))) & batch.mask
 
     def _record(self, batch: RolloutBatch, stats: TokenScores, selected: torch.Tensor) -> None:
         """Log the share of selected tokens, the means of JSD and |H(Q) - H(P)|, and JSD's over selected tokens."""

@@ -37,6 +37,12 @@ def covariances(advantages: torch.Tensor, logprobs: torch.Tensor, mask: torch.Te
     return (advantages - mean_advantage) * (logprobs - mean_logprob) * mask
 
 
+def share_of(share: float, total: torch.Tensor) -> torch.Tensor:
+    """ceil(share * total), at least 1, int64; the share is meant as the decimal it is written as."""
+    # less a little: 0.07 * 100 is 7.000000000000001 in floating point
+    return (share * total.double() - 1e-9).ceil().clamp_min(1).long()
+
+
 def num_valid(mask: torch.Tensor, all_sum: Reduce) -> int:
     """Valid tokens of the whole optimiser batch."""
     return int(all_sum(mask.sum()))

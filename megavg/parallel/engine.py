@@ -121,7 +121,8 @@ class ZeroEngine:
                           temperature: float = 1.0) -> list[torch.Tensor]:
         """The gradient of sum(weights[i] * entropy) to the pixels of each micro-batch i; see ``StagePasses``.
 
-        No parameter receives a gradient, and those accumulated so far stay as they are. The modules are run without
+        The trainer asks the generator's copy instead, which is there anyway; this is for those who keep none. No
+        parameter receives a gradient, and those accumulated so far stay as they are. The modules are run without
         DeepSpeed's engine around them, which would count a backward. All data-parallel ranks bring equally many
         micro-batches.
         """

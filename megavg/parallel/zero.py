@@ -61,7 +61,6 @@ def check_deepspeed() -> None:
     offload = getattr(parameter_offload, "DeepSpeedZeRoOffload", None)
     hook, registry = "fwd_pre_hook", "ds_inflight_param_registry"
     needed = {"clear_backward_seen_flag": hasattr(optimizer, "clear_backward_seen_flag"),
-              "release_backward_leftovers": hasattr(offload, "release_backward_leftovers"),
               hook: hook in _mentioned(getattr(offload, "setup_zero_stage3_hooks", None)),
               registry: registry in _mentioned(getattr(offload, "__init__", None))}
     missing = [name for name, is_there in needed.items() if not is_there]

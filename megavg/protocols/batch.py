@@ -148,7 +148,7 @@ class RolloutBatch:
         all_sum: sums a tensor over the data-parallel ranks.
         all_gather: concatenates the ranks' vectors [n], which may differ in length.
         token_kinds: [B, T] int8, FORMAT, THINK or DIGITS.
-        noisy: [B] bool, True where the sample says that its label is noise.
+        noisy: [B] bool, True where the sample says that its label is noise; None where no sample of the batch says.
         max_new_tokens: the longest answer there can be.
         streams: name of each rollout's chance, which depends on (seed, step, sample, answer).
     """
@@ -178,7 +178,8 @@ class PolicySignal:
     Attributes:
         advantages: per token, already reshaped by the algorithm.
         coefficients: share of each token in the mean over the whole optimiser batch, 0 on what is not counted.
-        weights: what the algorithm multiplies each token's loss by, 0 drops it; the entropy bonus ignores it.
+        weights: what the algorithm multiplies each token's loss by, its KL included; 0 drops it. The entropy bonus
+            ignores it.
         old_logprobs: of the behaviour policy.
         reference_logprobs: of the frozen reference, or None.
         mask: bool, True on valid tokens.

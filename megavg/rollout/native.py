@@ -33,8 +33,7 @@ class NativeGenerator:
     def __init__(self, model: Model, builder: InputBuilder, context: ParallelContext, dtype: torch.dtype,
                  end_token_ids: Sequence[int], forbidden_token_ids: Sequence[int], prompts_per_pass: int = 16):
         self.builder, self.context, self.dtype, self.prompts_per_pass = builder, context, dtype, prompts_per_pass
-        # single tokens do not divide over ranks, and without gradients there is nothing to recompute
-        options = dataclasses.replace(model.options, sequence_parallel=False, recompute=False)
+        options = dataclasses.replace(model.options, sequence_parallel=False)  # single tokens do not divide over ranks
         model = dataclasses.replace(model, options=options)
         self.stage = model.build_stage(context, dtype).eval().requires_grad_(False)
         self.link = StageLink(context)

@@ -42,7 +42,7 @@ class Group:
 
     @property
     def teaches(self) -> bool:
-        """Whether its rewards differ; where they are equal no answer has an advantage."""
+        """Whether its rewards differ, as judged; what an algorithm adds to them, for length, makes no difference."""
         return min(self.judgement.rewards) < max(self.judgement.rewards)
 
 

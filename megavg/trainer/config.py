@@ -277,6 +277,10 @@ def resolve(tree: dict) -> RunConfig:
         load_rewards(config.rewards)
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    try:
+        cls(config.algorithm).check(config.rollout.group_size, config.rollout.max_new_tokens)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if cls.uses_rollouts and config.rollout.group_size < 2:
         raise ConfigError(f"rollout.group_size={config.rollout.group_size}: {algorithm['name']} compares answers to "
                           "one prompt and needs at least 2")

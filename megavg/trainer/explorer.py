@@ -37,7 +37,8 @@ class PolicyExplorer:
         """[P][num_answers] answers, numbered from ``first``."""
         prompts = self.prompts if prompts is None else prompts
         made = self._policy.sync().generate(prompts, num_answers, self._sampling, self._streams, first)
-        answers = [Answer(tokens, made.logprobs[b, :len(tokens)].cpu(), made.truncated[b])
+        logprobs = made.logprobs.cpu()
+        answers = [Answer(tokens, logprobs[b, :len(tokens)], made.truncated[b])
                    for b, tokens in enumerate(made.responses)]
         return [answers[start:start + num_answers] for start in range(0, len(answers), num_answers)]
 

@@ -68,10 +68,10 @@ def rollout_metrics(batch: RolloutBatch, stats: TokenScores, rollouts: Rollouts,
     """
     on_clean = torch.tensor(rollouts.on_clean, device=batch.mask.device)[:, None]
     gap = (stats.logprobs - rollouts.sampling_logprobs.to(stats.logprobs)).abs() * (batch.mask & on_clean)
-    parts = context.gather_rows([(float(gap.max()), float(batch.noisy.float().mean()))])
+    noisy = 0.0 if batch.noisy is None else float(batch.noisy.float().mean())
+    parts = context.gather_rows([(float(gap.max()), noisy)])
     metrics = {"rollout/logprob_gap": max(part[0] for part in parts)}
-    noisy = sum(part[1] for part in parts) / len(parts)
-    return metrics | ({"data/noisy": noisy} if noisy else {})
+    return metrics if batch.noisy is None else metrics | {"data/noisy": sum(part[1] for part in parts) / len(parts)}
 
 
 def judgement_metrics(judgement: Judgement, context: ParallelContext) -> dict:

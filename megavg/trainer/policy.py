@@ -83,7 +83,8 @@ class Policy:
         """``score``, with ``TokenScores.perturbed``: the same answers to the prompt ``perturbed(b)`` of each row b."""
         def build(i: int) -> ModelInputs:
             chosen, places, answers = _select(prompts, prompt_of_row, responses, rows[i])
-            others = [perturbed(b) for b in rows[i]]
+            # other stages get no pixels
+            others = [perturbed(b) if self.builder.with_images else prompts[prompt_of_row[b]] for b in rows[i]]
             return self.builder.build([*chosen, *others], [*places, *range(len(chosen), len(chosen) + len(others))],
                                       [*answers, *answers])
 

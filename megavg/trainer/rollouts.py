@@ -143,9 +143,16 @@ def to_batch(rollouts: Rollouts, rewards: Sequence[float], kinds: TokenKinds, co
         ids[b, :len(response)] = torch.tensor(response)
         mask[b, :len(response)] = True
     token_kinds = kinds.batch(rollouts.responses, width)
-    noisy = torch.tensor([bool(rollouts.samples[p].meta.get("noisy")) for p in rollouts.prompt_of_row])
     device = context.device
     return RolloutBatch(
         ids.to(device), mask.to(device), torch.tensor(rewards, dtype=torch.float32, device=device),
         rollouts.group_size, (token_kinds == DIGITS).to(device), context.sum_over_data, context.gather_values,
-        token_kinds.to(device), noisy.to(device), max_new_tokens, rollouts.streams)
+        token_kinds.to(device), _noisy(rollouts, context), max_new_tokens, rollouts.streams)
+
+
+def _noisy(rollouts: Rollouts, context: ParallelContext) -> torch.Tensor | None:
+    """[B] bool, or None where no sample of any rank says whether its label is noise."""
+    if not context.max_over_data(int(any("noisy" in sample.meta for sample in rollouts.samples))):
+        return None
+    flags = [bool(rollouts.samples[p].meta.get("noisy")) for p in rollouts.prompt_of_row]
+    return torch.tensor(flags, device=context.device)

@@ -46,7 +46,8 @@ def make_signal(algorithm: Algorithm, batch: RolloutBatch, stats: TokenScores | 
     aggregation = algorithm.config.aggregation
     advantages = algorithm.advantages(batch, stats).detach()
     weights = algorithm.weights(batch, stats, advantages, progress)
-    entropy_weights = coefficients(batch, aggregation) * algorithm.entropy_coefficient(batch, stats, progress)
+    entropy_weights = coefficients(batch, algorithm.entropy_aggregation) * algorithm.entropy_coefficient(
+        batch, stats, progress)
     return PolicySignal(
         advantages, coefficients(batch, aggregation, algorithm.counted_tokens(batch, weights)), weights,
         torch.zeros_like(advantages) if stats is None else stats.logprobs, reference_logprobs, batch.mask,

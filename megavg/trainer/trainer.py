@@ -122,7 +122,9 @@ class Trainer:
         Where the algorithm asks for it, each answer is also scored on a perturbed image of its own.
         """
         prompts, of_row, responses = answers = rollouts.prompts, rollouts.prompt_of_row, rollouts.responses
-        rows, reference, how = self.batcher.rows(*answers), None, self.algorithm.perturbation
+        reference, how = None, self.algorithm.perturbation
+        if self.policy.reference is not None or how is None:
+            rows = self.batcher.rows(*answers)
         if self.policy.reference is not None:
             reference = self.policy.reference_logprobs(*answers, rows, rollouts.width, self._temperature)
         if how is None:

@@ -82,10 +82,10 @@ def test_behaviour_of_all():
         def objective(b: int, t: int) -> float:
             n, advantage = plain.lengths[b], plain.advantages[b]
             ratio = math.exp(sum(plain.new[b][i] - plain.old[b][i] for i in range(n)) / n)
-            gain = min(ratio * advantage, min(max(ratio, 1 - 3e-4), 1 + 4e-4) * advantage)
-            return gain + 0.005 * plain.entropy[b][t]
+            return min(ratio * advantage, min(max(ratio, 1 - 3e-4), 1 + 4e-4) * advantage)
 
-        return plain.loss(objective, "constant")
+        bonus = plain.loss(lambda b, t: 0.005 * plain.entropy[b][t], "token_mean")
+        return plain.loss(objective, "constant") + bonus
 
     algorithm, *_ = assert_equals_loops(lambda: cls(cls.Config(overlong_cache=2)), batch, stats,
                                         moved(stats, batch.mask, 1e-3), slow)

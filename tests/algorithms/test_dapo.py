@@ -65,7 +65,7 @@ def test_punishment_by_hand():
 def test_a_cache_beyond_the_limit_is_refused():
     batch, _ = random_batch()
     with pytest.raises(ValueError, match="overlong_cache=8 is more than rollout.max_new_tokens=7"):
-        DAPO(DAPO.Config(overlong_cache=8)).rewards(batch)
+        DAPO(DAPO.Config(overlong_cache=8)).check(4, 7)
 
 
 def test_resampling_is_bounded_and_only_dapo_asks_for_it():

@@ -98,4 +98,4 @@ def test_options():
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             build(NoisyRollout.Config, wrong, "algorithm")
     with pytest.raises(ValueError, match="num_clean=7.*group_size=6"):
-        NoisyRollout(NoisyRollout.Config(num_clean=7)).explore(explorer_of(), 0.5)
+        NoisyRollout(NoisyRollout.Config(num_clean=7)).check(6, 9)

@@ -195,7 +195,7 @@ def test_a_group_of_clean_answers_alone_is_plain_sampling():
         assert explorer.calls == [("sample", explorer.group_size, 0)]
         assert same(found, explorer.sample(explorer.group_size))
     with pytest.raises(ValueError, match="num_clean=7.*group_size=6"):
-        SaEI(SaEI.Config(num_clean=7)).explore(explorer_of(), 0.5)
+        SaEI(SaEI.Config(num_clean=7)).check(6, 9)
 
 
 @pytest.mark.parametrize("direction", ["gradient", "random_sign"])

@@ -38,7 +38,7 @@ def slow_entropy(batch: RolloutBatch, stats: TokenScores) -> float:
 def test_schedule(variant, before, after):
     batch, stats = random_batch()
     method = TwoStage(TwoStage.Config(variant=variant, **LAMBDAS))
-    for progress, expected in ((0.0, before), (0.79, before), (0.8, before), (0.81, after), (1.0, after)):
+    for progress, expected in ((0.0, before), (0.79, before), (0.8, after), (0.81, after), (1.0, after)):
         assert method.entropy_coefficient(batch, stats, progress) == expected
         assert method.metrics["two_stage/coefficient"] == expected
 

@@ -26,7 +26,7 @@ from tools.study_runs import ChangedConfiguration, Runner, final_figures, read_r
 
 SMALL = ["only=[grpo,ecvgpo_minus25]", "seeds=[0]", "noises=[0]"]
 ROOT = Path(__file__).resolve().parents[2]
-FACTS = {"command": "python tools/entropy_study.py", "workers": 2, "device": "CPU", "seconds": 600.0}
+FACTS = {"command": "python tools/entropy_study.py", "workers": 2, "device": "CPU"}
 
 
 @pytest.fixture(scope="module")

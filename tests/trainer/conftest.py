@@ -11,7 +11,8 @@ from megavg.trainer.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.tiny_runs import run_tree, train
 
-CLOSED_LOOP = ("algorithm.target_entropy=1.0", "algorithm.kappa=0.1", "trainer.num_steps=6", "trainer.export_hf=true",
+CLOSED_LOOP = ("algorithm.name=ecvgpo+two_stage+dapo", "algorithm.resample_tries=1", "algorithm.target_entropy=1.0",
+               "algorithm.kappa=0.1", "trainer.num_steps=6", "trainer.export_hf=true",
                "evaluation.every=3", "evaluation.limit=2")
 
 

@@ -258,3 +258,15 @@ def test_plug_ins_from_outside_by_their_dotted_name(file, tmp_path):
     assert result.stdout == "2.0 4\n", result.stderr
     wrong = start(*arguments[:2], "algorithm={name: my_plugins.calm, clam: 2}", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert wrong.returncode == 2 and "unknown option algorithm.clam (did you mean 'calm'?)" in wrong.stderr
+
+
+@pytest.mark.parametrize("algorithm, message", [
+    ("{name: dapo, overlong_cache: 65}", "overlong_cache=65 is more than rollout.max_new_tokens=64"),
+    ("{name: saei, num_clean: 9}", "num_clean=9 is more than rollout.group_size=8"),
+    ("{name: top_entropy+gspo}", "set algorithm.ratio_level=token"),
+])
+def test_options_that_do_not_fit_the_rollouts_are_refused_at_once(algorithm, message):
+    tree = {"model": {"path": "m"}, "data": {"shards": ["d"]}, "trainer": {"output_dir": "o"}}
+    with pytest.raises(ConfigError, match=message):
+        resolve(apply_overrides(tree, [f"algorithm={algorithm}"]))
+    resolve(apply_overrides(tree, ["algorithm={name: top_entropy+gspo, ratio_level: token}"]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from megavg.checkpoint.export import hf_tensors
+from megavg.ops.chance import uniforms
+from megavg.protocols.batch import PolicySignal, RolloutBatch
 from megavg.protocols.config import build
 from megavg.protocols.plugin import names_in
 from megavg.trainer.config import algorithm_class, resolve
@@ -57,13 +61,19 @@ def updates(tree: dict) -> dict[str, dict] | None:
         rollouts, judgement = trainer.collector.collect(0, 0.25)
         batch = trainer._batch(rollouts, judgement.rewards)
         stats, reference = trainer.score(rollouts)
-        signal = make_signal(trainer.algorithm, batch, stats, reference, 0.25)
+        signal = off_policy(make_signal(trainer.algorithm, batch, stats, reference, 0.25), batch)
         loss, norm, _ = trainer.update(rollouts, signal, 0)
         found[name] = {"loss": loss, "norm": norm, "metrics": trainer.algorithm.metrics | trainer.collector.metrics,
                        "answers": context.gather_rows(rollouts.responses),
                        "rewards": context.gather_rows(judgement.rewards),
                        "gradients": {key: tensor.numpy() for key, tensor in gradients.items()}}
     return found if context.rank == 0 else None
+
+
+def off_policy(signal: PolicySignal, batch: RolloutBatch) -> PolicySignal:
+    """Ratios away from 1, as after an update, so that clips and penalties act; the same ones in every layout."""
+    moved = torch.stack([uniforms(f"{stream}/moved", batch.mask.shape[1]) for stream in batch.streams]).float() - 0.5
+    return dataclasses.replace(signal, old_logprobs=signal.old_logprobs + moved * batch.mask)
 
 
 def tree_of(grpo_tree, folder, tp: int, pp: int, micro_batch_size: int) -> dict:

@@ -8,7 +8,6 @@ import torch
 from megavg.algorithms.grpo import GRPO
 from megavg.algorithms.saei import SaEI
 from megavg.data.scenes import scenes
-from megavg.data.writer import write_shards
 from megavg.trainer.config import resolve
 from megavg.trainer.explorer import PolicyExplorer
 from megavg.trainer.rollouts import encode
@@ -94,7 +93,7 @@ def test_no_eps_is_grpo_and_nothing_is_left_behind(attacks):
 
 @pytest.fixture(scope="module")
 def two_stages(grpo_tree, tmp_path_factory):
-    """Output folder of a run whose two stages are 8 and 6 steps long."""
+    """Output folder of a run whose two stages are 7 steps long each."""
     folder = tmp_path_factory.mktemp("stages") / "run"
     tree = grpo_tree(folder, "algorithm={name: two_stage+dapo, lambda_max: 0.2, lambda_min: 0.2, switch: 0.5, "
                              "resample_tries: 0}", "trainer.num_steps=14", "optimizer.lr=3e-4",
@@ -105,10 +104,10 @@ def two_stages(grpo_tree, tmp_path_factory):
 
 def test_entropy_rises_and_then_falls(two_stages):
     lines = training_lines(two_stages)
-    assert [line["two_stage/coefficient"] for line in lines] == pytest.approx([0.2] * 8 + [-0.2] * 6)
+    assert [line["two_stage/coefficient"] for line in lines] == pytest.approx([0.2] * 7 + [-0.2] * 7)
     entropy = [line["two_stage/entropy_ratio"] for line in lines]
     print([round(value, 2) for value in entropy])
-    assert entropy[0] == 1.0 and max(entropy[7:10]) == max(entropy) > 1.5
+    assert entropy[0] == 1.0 and max(entropy[6:9]) == max(entropy) > 1.5
     assert lines[-1]["two_stage/peak_share"] == pytest.approx(entropy[-1] / max(entropy)) and entropy[-1] < 0.9 * max(entropy)
 
 

@@ -43,7 +43,7 @@ def resumed(data_parallel, grpo_tree, warm_up, tmp_path_factory):
     run_ranks(2, resume_runs, again("killed", "trainer.save_every=3"), again("finished", "trainer.save_every=2"), [
         (grpo_tree(folder / "killed"), "already holds a run; set trainer.resume=true to go on with it, "
                                        "trainer.overwrite=true to replace it, or choose another trainer.output_dir"),
-        (again("killed", "algorithm={name: grpo}"), "was written by algorithm ecvgpo, this run is grpo; choose"),
+        (again("killed", "algorithm={name: grpo}"), "was written by algorithm ecvgpo.two_stage.dapo, this run is grpo; choose"),
         (again("killed", "trainer.seed=7"), "belongs to another order of samples .*seed: saved 0, now 7"),
         (grpo_tree(folder / "new", "data.prompts_per_step=5"),
          "data.prompts_per_step=5 is not divisible by the data-parallel size 2 of TP1 x PP1 x DP2; change "
@@ -68,6 +68,8 @@ def test_metrics_are_those_of_the_uninterrupted_run(data_parallel, resumed):
     assert [without_times(line) for line in read_metrics(resumed[0] / "killed")] == expected
     alphas = [line["ecvgpo/alpha"] for line in expected if "loss" in line]
     assert len(set(alphas)) == 6, "the closed loop moved at every step, so its state mattered"
+    assert any(line["resampling/draws"] > 1 for line in expected if "loss" in line), "so did the place in the data"
+    assert expected[-2]["two_stage/peak_share"] < 1, "the peak was before, so its memory mattered"
 
 
 def test_no_step_is_written_twice(resumed):
@@ -92,7 +94,7 @@ def test_the_last_checkpoints_are_kept(data_parallel, resumed):
     assert sorted(path.name for path in folder.iterdir()) == ["step-000004", "step-000006"]
     state = json.loads((folder / "step-000006" / "trainer_state.json").read_text())
     assert state["step"] == 6 and state["layout"] == "TP1 x PP1 x DP2"
-    assert state["algorithm"]["name"] == "ecvgpo" and -0.5 <= state["algorithm"]["alpha"] <= 0.5
+    assert state["algorithm"]["name"] == "ecvgpo+two_stage+dapo" and -0.5 <= state["algorithm"]["alpha"] <= 0.5
     kept = checkpoints_of(resumed[0] / "killed" / "checkpoints")
     assert [path.name for path in kept] == ["step-000003", "step-000006"]
 

@@ -14,7 +14,7 @@ from megavg.algorithms.grpo import GRPO
 from megavg.algorithms.sft import SFT
 from megavg.protocols.batch import TokenScores
 from megavg.protocols.options import OptimizerConfig, ZeroConfig
-from megavg.trainer.config import ModelConfig
+from megavg.trainer.config import ModelConfig, algorithm_class
 from megavg.trainer.step import coefficients, make_signal, micro_batch_loss, micro_batches
 from tests.distributed import run_ranks
 from tests.rollout_batches import on_ranks, on_threads, random_batch, rows_of
@@ -250,3 +250,39 @@ def test_a_real_update_does_not_depend_on_the_micro_batch_size(checkpoints):
     for loss, norm, weights in others:
         assert loss == pytest.approx(whole[0], abs=1e-6) and norm == pytest.approx(whole[1], rel=1e-5)
         assert max(abs(weights[name] - whole[2][name]).max() for name in weights) <= 1e-6
+
+
+@pytest.mark.parametrize("name, options, by_answer", [
+    ("grpo", {}, True), ("dapo", {"entropy_coefficient": 0.3}, False), ("dr_grpo", {"entropy_coefficient": 0.3}, False),
+    ("two_stage+dapo", {"lambda_max": 0.3}, True), ("two_stage+dr_grpo", {"lambda_max": 0.3}, True)])
+def test_the_entropy_bonus_is_on_a_mean(name, options, by_answer):
+    """Whatever the loss is divided by, the coefficient is that of a mean over the whole batch."""
+    cls = algorithm_class(name)
+    batch, stats = random_batch(3)
+    algorithm = cls(cls.Config(**options or {"entropy_coefficient": 0.3}))
+    weights = make_signal(algorithm, batch, stats, None, 0.0).entropy_weights
+    assert float(weights.sum()) == pytest.approx(0.3, rel=1e-5)
+    rows, tokens = len(batch.rewards), batch.mask.sum(1, keepdim=True)
+    expected = 0.3 * batch.mask / (rows * tokens if by_answer else tokens.sum())
+    assert torch.allclose(weights, expected, rtol=1e-5, atol=0)
+
+
+def test_noise_is_unknown_where_no_sample_speaks_of_it(checkpoints):
+    """A method that tells noisy samples apart must not take silence for clean."""
+    from dataclasses import replace as changed
+    from types import SimpleNamespace
+
+    from megavg.data.scenes import scenes
+    from megavg.models.processor import Processor
+    from megavg.trainer.rollouts import Rollouts, to_batch
+    from megavg.trainer.token_kinds import TokenKinds
+
+    kinds = TokenKinds(Processor.from_pretrained(checkpoints("qwen3_vl"), "json_relative_1000"))
+    samples = list(scenes(2, seed=1))
+    for others, meta, expected in ((0, {}, None), (1, {}, [False] * 4), (0, {"noisy": True}, [True] * 2 + [False] * 2)):
+        first = changed(samples[0], meta={**samples[0].meta, **meta})
+        rollouts = Rollouts([first, samples[1]], [], [[5], [6], [7], [8]], [False] * 4, group_size=2)
+        context = SimpleNamespace(device=torch.device("cpu"), sum_over_data=None, gather_values=None,
+                                  max_over_data=lambda number: max(number, others))
+        noisy = to_batch(rollouts, [0.0] * 4, kinds, context).noisy
+        assert (None if noisy is None else noisy.tolist()) == expected
