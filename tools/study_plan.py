@@ -190,7 +190,10 @@ def read_study(path: str | Path, quick: bool = False, overrides: list[str] | tup
 
 
 def check_noises(study: Study) -> None:
-    """Refuse a level of a method or of a claim that its study lacks. A study made smaller lacks some, which are then left out."""
+    """Refuse a level of a method or of a claim that its study lacks.
+
+    A study made smaller lacks some, which are then left out.
+    """
     for name, method in study.methods.items():
         if set(method.noises) - set(study.noises):
             raise ConfigError(f"methods.{name}.noises={method.noises} are not all in noises={study.noises}")

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class ClipCov(Algorithm):
-    """Drop the loss, but for an entropy bonus, of a random max(1, int(clip_cov_share * N)) tokens of high covariance. [exact]
+    """Drop the loss of a random max(1, int(clip_cov_share * N)) tokens of high covariance. [exact]
 
-    The covariance of a token is (A - mean A)(log pi_old - mean log pi_old), means and N over the valid tokens of the
-    whole optimiser batch; candidates have one between clip_cov_low and clip_cov_high. The authors' code takes log pi
-    of the policy being trained, micro-batch by micro-batch, and leaves out tokens that the ratio's clip stops; at the
-    first update of a batch log pi is log pi_old and no token is stopped. Which candidates are drawn depends on the
-    answers' own chance, never on the layout.
+    An entropy bonus stays on them. The covariance of a token is (A - mean A)(log pi_old - mean log pi_old), means and N
+    over the valid tokens of the whole optimiser batch; candidates have one between clip_cov_low and clip_cov_high. The
+    authors' code takes log pi of the policy being trained, micro-batch by micro-batch, and leaves out tokens that the
+    ratio's clip stops; at the first update of a batch log pi is log pi_old and no token is stopped. Which candidates
+    are drawn depends on the answers' own chance, never on the layout.
     """
 
     @dataclass(frozen=True)

@@ -37,8 +37,8 @@ class GSPO(Algorithm):
         """Refuse one ratio for an answer whose tokens another method weighs apart: dropped ones would still learn."""
         super().check(group_size, max_new_tokens)
         if self.config.ratio_level == "sequence" and type(self).weights is not Algorithm.weights:
-            raise ValueError("algorithm.ratio_level=sequence gives every token of an answer a gradient, also those that "
-                             "a joined method drops; set algorithm.ratio_level=token")
+            raise ValueError("algorithm.ratio_level=sequence gives every token of an answer a gradient, also those "
+                             "that a joined method drops; set algorithm.ratio_level=token")
 
     def surrogate(self, new: TokenScores, signal: PolicySignal) -> torch.Tensor:
         """min(s A, clip(s) A) of every token [B, T]."""

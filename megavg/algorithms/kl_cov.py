@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class KLCov(Algorithm):
     """rho A without a clip, minus kl_cov_coefficient * abs(log pi - log pi_old) on tokens of high covariance. [exact]
 
-    Those are the max(1, int(kl_cov_share * N)) tokens with the largest (A - mean A)(log pi_old - mean log pi_old),
-    ties included, but only positive ones, means and N over the valid tokens of the whole optimiser batch. The authors' code takes log pi of
-    the policy being trained, micro-batch by micro-batch, which is log pi_old at the first update of a batch. There
-    the penalty is abs(0), whose gradient is 0: it acts only where trainer.updates_per_batch is above 1.
+    Those are the max(1, int(kl_cov_share * N)) tokens with the largest (A - mean A)(log pi_old - mean log pi_old), ties
+    included, but only positive ones, means and N over the valid tokens of the whole optimiser batch. The authors' code
+    takes log pi of the policy being trained, micro-batch by micro-batch, which is log pi_old at the first update of a
+    batch. There the penalty is abs(0), whose gradient is 0: it acts only where trainer.updates_per_batch is above 1.
     """
 
     @dataclass(frozen=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TopEntropy(Algorithm):
-    """Drop the loss, but for an entropy bonus, of all but the ceil(share * N) tokens of the highest entropy. [exact]
+    """Drop the loss of all but the ceil(share * N) tokens of the highest entropy. [exact]
 
     N are the valid tokens of the whole optimiser batch, and the mean is still taken over all of them. Tokens that tie
     with the last one are kept. The paper builds it on DAPO: ``top_entropy+dapo``.

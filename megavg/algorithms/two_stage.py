@@ -17,9 +17,9 @@ class TwoStage(Algorithm):
     """GRPO that rewards entropy until ``switch`` of the training is over, and punishes it from then on. [reported]
 
     The objective gains lambda(tau) H, with H the mean over answers of the mean over tokens, lambda = +lambda_max while
-    less than ``switch`` of the steps are done and -lambda_min afterwards. It acts on every answer, groups of equal rewards included. The schedule is
-    as reported; the sizes of the lambdas and the cap are this project's. In the paper entropy rises to about 4 times
-    its start and then falls to a fifth of its peak: compare the logged ratios.
+    less than ``switch`` of the steps are done and -lambda_min afterwards. It acts on every answer, groups of equal
+    rewards included. The schedule is as reported; the sizes of the lambdas and the cap are this project's. In the paper
+    entropy rises to about 4 times its start and then falls to a fifth of its peak: compare the logged ratios.
     """
 
     mark = "[reported]"

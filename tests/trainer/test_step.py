@@ -220,6 +220,7 @@ def real_updates(checkpoint: str, sizes: list[int]) -> list[tuple[float, float, 
     from megavg.parallel.mcore import make_context
     from megavg.trainer.policy import Policy
     from megavg.trainer.rollouts import Rollouts, encode, to_batch
+    from megavg.trainer.token_kinds import TokenKinds
 
     context = make_context(1, 1, torch.device("cpu"))
     found = []
@@ -233,7 +234,7 @@ def real_updates(checkpoint: str, sizes: list[int]) -> list[tuple[float, float, 
         responses = [torch.randint(10, 200, (3 + 2 * b,), generator=generator).tolist() for b in range(8)]
         rollouts = Rollouts(samples, prompts, responses, [False] * 8, group_size=4)
         rewards = torch.rand(8, generator=generator).tolist()
-        batch = to_batch(rollouts, rewards, policy.processor, context)
+        batch = to_batch(rollouts, rewards, TokenKinds(policy.processor), context)
         rows = cut_rows(8, size)
         where = (prompts, rollouts.prompt_of_row, responses, rows)
         stats = policy.score(*where, rollouts.width, 1.0)
