@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
 # dark enough on white; neighbours differ in lightness as well as in hue, and dashes tell what colours do not
-COLOURS = ("#1f2933", "#c2410c", "#1d6fb8", "#15803d", "#9333ea", "#b45309", "#0e7490", "#be185d", "#4d7c0f", "#64748b")
+COLOURS = ("#1f2933", "#c2410c", "#1d6fb8", "#15803d", "#9333ea", "#0891b2", "#be185d", "#a16207", "#4d7c0f", "#64748b")
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 PANEL, GAP, LEFT, TOP = (300, 190), (62, 66), 62, 74  # pixels: width and height; across and down; margins
 _LINE = 20

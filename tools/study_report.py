@@ -12,7 +12,8 @@ from tools.study_plan import FIGURES, Claim, Study, mark_of, plan
 from tools.study_runs import FAILURE, read_result
 
 MIN_PAIRS = 3
-CONFIRMED, NOT_SEEN, CONTRADICTED, NOT_RUN = "confirmed", "not seen", "contradicted", "not run"
+CONFIRMED, NOT_SEEN, CONTRADICTED = "confirmed", "not seen", "contradicted"
+TOO_FEW, NOT_RUN = "too few pairs", "not run"
 
 
 @dataclass
@@ -62,7 +63,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 def verdict(differences: list[float]) -> str:
     """Of the paired differences (higher side - lower side): at least MIN_PAIRS, and a mean beyond 2 standard errors."""
     if len(differences) < MIN_PAIRS:
-        return NOT_SEEN if differences else NOT_RUN
+        return TOO_FEW if differences else NOT_RUN
     mean, error = mean_and_error(differences)
     if abs(mean) <= 2 * error:
         return NOT_SEEN
@@ -189,7 +190,7 @@ def _claims(study: Study, results: Results) -> list[str]:
         "## The papers' claims at this scale", "",
         f"Rule: over the pairs (seed x noise level), a mean difference beyond 2 standard errors, with at least "
         f"{MIN_PAIRS} pairs, is *{CONFIRMED}* when it has the claimed sign and *{CONTRADICTED}* when it has the other; "
-        f"everything else is *{NOT_SEEN}*, or *{NOT_RUN}* where there is no pair. All outcomes are kept. Pairs of one "
+        f"everything else is *{NOT_SEEN}*; *{TOO_FEW}* and *{NOT_RUN}* are no verdict. All outcomes are kept. Pairs of one "
         "seed share a warm-up and are not fully "
         f"independent, 2 standard errors of 3 pairs are a weak bar, and of {len(study.claims)} comparisons some pass "
         "by chance.", "",

@@ -108,7 +108,7 @@ def test_mean_and_standard_error_by_hand():
 
 
 @pytest.mark.parametrize("values, expected", [
-    ([], "not run"), ([9.0, 9.0], "not seen"),  # too few
+    ([], "not run"), ([9.0, 9.0], "too few pairs"),
     ([1.0, 2.0, 3.0], "confirmed"),  # 2 > 2 * 0.577
     ([-1.0, -2.0, -3.0], "contradicted"),
     ([1.0, 2.0, 6.0], "not seen"),  # 3 < 2 * 1.53
@@ -168,7 +168,7 @@ def test_report_of_partial_and_negative_results(study, tmp_path):
     assert better.endswith("**confirmed** |")
     assert row("two stages are better than GRPO on clean labels").endswith("**contradicted** |")
     assert "-0.100 ± 0.006 | 3 | 0%: -0.100 ± 0.006" in row("two stages are better than GRPO on clean")
-    assert row("ECVGPO is better than GRPO").endswith("**not seen** |") and "| 2 | 50%:" in row("ECVGPO is better")
+    assert row("ECVGPO is better than GRPO").endswith("**too few pairs** |") and "| 2 | 50%:" in row("ECVGPO is better")
     assert row("SaEI is better than GRPO").endswith("**not run** |")
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
