@@ -190,8 +190,8 @@ def _claims(study: Study, results: Results) -> list[str]:
         "## The papers' claims at this scale", "",
         f"Rule: over the pairs (seed x noise level), a mean difference beyond 2 standard errors, with at least "
         f"{MIN_PAIRS} pairs, is *{CONFIRMED}* when it has the claimed sign and *{CONTRADICTED}* when it has the other; "
-        f"everything else is *{NOT_SEEN}*; *{TOO_FEW}* and *{NOT_RUN}* are no verdict. All outcomes are kept. Pairs of one "
-        "seed share a warm-up and are not fully "
+        f"everything else is *{NOT_SEEN}*; *{TOO_FEW}* and *{NOT_RUN}* are no verdict. All outcomes are kept. "
+        "Pairs of one seed share a warm-up and are not fully "
         f"independent, 2 standard errors of 3 pairs are a weak bar, and of {len(study.claims)} comparisons some pass "
         "by chance.", "",
         "| claim | paper | compared | figure | difference | pairs | by noise level | verdict |",
