@@ -58,7 +58,7 @@ class MixedRollouts(Algorithm):
 
         ``explorer`` is collective, so only options and ``progress`` may decide about the calls and about None.
         """
-        raise NotImplementedError
+        return None
 
 
 def with_pixels(prompt: EncodedPrompt, change: Callable[[torch.Tensor], torch.Tensor]) -> EncodedPrompt:
