@@ -6,6 +6,9 @@ A record is one image member and one JSON member of a webdataset tar that share 
     <key>.json   {"id": "...", "width": 640, "height": 480, "expression": "the red circle",
                   "boxes_xyxy_px": [[x0, y0, x1, y1], ...], ...anything else: Sample.meta}
 
+Records of another task than "rec" also hold "task" and, for detection and classification, "labels"
+(``megavg.protocols.sample.Sample`` says which). A detection may hold no box, a classification holds none.
+
 Boxes refer to the pixels AS STORED: an EXIF orientation is not applied, so a picture that a viewer shows rotated keeps
 the width and height of its file.
 """
@@ -22,12 +25,14 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from megavg.protocols.sample import Box, Sample
+from megavg.protocols.sample import TASKS, Box, Sample
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-RECORD_FIELDS = ("id", "width", "height", "expression", "boxes_xyxy_px")
+RECORD_FIELDS = ("id", "width", "height", "expression", "boxes_xyxy_px", "task", "labels")
+REQUIRED_FIELDS = RECORD_FIELDS[1:5]
 REASONS = ("bad json", "missing field", "missing image", "empty box", "box outside image", "broken image",
-           "size mismatch", "bad key", "torn shard", "control token", "extreme aspect", "no room for noise")
+           "size mismatch", "bad key", "torn shard", "control token", "extreme aspect", "no room for noise",
+           "unknown task", "bad labels")
 
 # webdataset cuts a member's name at its first dot, and a plain tar header holds 100 characters.
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_\-/]{1,92}")
@@ -87,7 +92,7 @@ def sample_from_fields(fields: dict[str, Any], shard: str, key: str, image: Imag
     Raises:
         SampleError: naming ``shard`` and ``key``, when a field is missing, ill-typed or a box is wrong.
     """
-    for name in RECORD_FIELDS[1:]:
+    for name in REQUIRED_FIELDS:
         if name not in fields:
             raise SampleError(shard, key, "missing field", f"{name!r} is not among {sorted(fields)}")
     for name in ("width", "height"):
@@ -103,18 +108,38 @@ def sample_from_fields(fields: dict[str, Any], shard: str, key: str, image: Imag
     if longer > _MAX_ASPECT_RATIO * shorter:
         raise SampleError(shard, key, "extreme aspect", f"{fields['width']} x {fields['height']} is more than "
                           f"{_MAX_ASPECT_RATIO} to 1, which no Qwen-VL processor takes")
-    boxes = check_boxes(fields["boxes_xyxy_px"], fields["width"], fields["height"], shard, key)
+    task, labels = fields.get("task", "rec"), fields.get("labels", ())
+    if task not in TASKS:
+        raise SampleError(shard, key, "unknown task", f"task {task!r} is none of {', '.join(TASKS)}")
+    boxes = check_boxes(fields["boxes_xyxy_px"], fields["width"], fields["height"], shard, key,
+                        may_be_empty=task in ("detection", "classification"))
+    check_labels(labels, task, len(boxes), shard, key)
     meta = {name: value for name, value in fields.items() if name not in RECORD_FIELDS}
-    return Sample(str(fields.get("id", key)), shard, image, fields["width"], fields["height"], expression, boxes, meta)
+    return Sample(str(fields.get("id", key)), shard, image, fields["width"], fields["height"], expression, boxes, meta,
+                  task, tuple(labels))
 
 
-def check_boxes(boxes: Any, width: int, height: int, shard: str, key: str) -> tuple[Box, ...]:
+def check_labels(labels: Any, task: str, num_boxes: int, shard: str, key: str) -> None:
+    """Raise ``SampleError`` unless ``labels`` are the texts that ``task`` needs: a class per box, or right names."""
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise SampleError(shard, key, "bad labels", f"labels must be a list of texts, got {labels!r}")
+    if task == "classification" and (num_boxes or not labels):
+        raise SampleError(shard, key, "bad labels", f"a classification holds one or more labels and no box, got "
+                          f"{len(labels)} labels and {num_boxes} boxes")
+    expected = {"detection": num_boxes, "classification": len(labels)}.get(task, 0)
+    if len(labels) != expected:
+        raise SampleError(shard, key, "bad labels", f"task {task!r} with {num_boxes} boxes needs {expected} labels, "
+                          f"got {len(labels)}")
+
+
+def check_boxes(boxes: Any, width: int, height: int, shard: str, key: str,
+                may_be_empty: bool = False) -> tuple[Box, ...]:
     """Return ``boxes`` as tuples of floats, each with x1 > x0 and y1 > y0 inside [0, width] x [0, height] pixels.
 
     Raises:
         SampleError: "missing field" (no box), "bad json" (not four finite numbers), "empty box", "box outside image".
     """
-    if not isinstance(boxes, (list, tuple)) or not boxes:
+    if not isinstance(boxes, (list, tuple)) or not (boxes or may_be_empty):
         raise SampleError(shard, key, "missing field", f"boxes_xyxy_px must hold at least one box, got {boxes!r}")
     checked = []
     for box in boxes:
@@ -151,6 +176,16 @@ def decode_image(data: bytes, width: int, height: int, shard: str, key: str) -> 
     return image
 
 
+def read_size(data: bytes, shard: str, key: str) -> tuple[int, int]:
+    """Width and height of an encoded picture, without decoding its pixels; raises ``SampleError`` "broken image"."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
+            return opened.size
+    except Exception as error:  # as in decode_image
+        raise SampleError(shard, key, "broken image", f"{len(data)} bytes are no PNG, JPEG or WebP image "
+                          f"({type(error).__name__})") from error
+
+
 def with_image(sample: Sample, record: RawRecord) -> Sample:
     """Return ``sample`` (from ``parse_record(record)``) with its image decoded; raises as ``decode_image``."""
     data = record.files[_image_suffix(record)]
@@ -185,8 +220,11 @@ def record_json(sample: Sample) -> bytes:
 
 
 def _fields(sample: Sample) -> dict[str, Any]:
+    asked = {"task": sample.task} if sample.task != "rec" else {}
+    labels = {"labels": list(sample.labels)} if sample.labels else {}
     return {**sample.meta, "id": sample.key, "width": sample.width, "height": sample.height,
-            "expression": sample.expression, "boxes_xyxy_px": [list(box) for box in sample.boxes_xyxy_px]}
+            "expression": sample.expression, "boxes_xyxy_px": [list(box) for box in sample.boxes_xyxy_px], **asked,
+            **labels}
 
 
 def _image_suffix(record: RawRecord) -> str | None:

@@ -15,19 +15,28 @@ Box = tuple[float, float, float, float]
 RELATIVE_1000 = "relative_1000"
 RESIZED_PX = "resized_px"
 
+TASKS = ("rec", "point", "detection", "classification")
+"""What a sample asks for: the box(es) an expression names, a point inside of one, every object of some classes with
+its class, or the name of a class."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, one expression and the boxes it names.
+    """One image, what is asked about it, and the truth.
 
     Attributes:
         key: unique inside its shard set; errors and metrics name it.
         shard: path of the tar file it was read from ("" when made in memory).
         image: ``PIL.Image.Image`` in mode RGB, at its original size.
         width, height: original size in pixels.
-        expression: what to find, such as "the red circle".
-        boxes_xyxy_px: one or more true boxes in original pixels.
+        expression: what to find, such as "the red circle"; for detection and classification the classes to choose
+            from, such as "king, queen".
+        boxes_xyxy_px: the true boxes in original pixels: one or more, for detection none or more, for classification
+            none.
         meta: everything else the record carried (source, kind, flags), untouched.
+        task: one of ``TASKS``.
+        labels: for detection the class of each box, for classification the name or names that are right (the first is
+            what supervised fine-tuning learns); empty otherwise.
     """
 
     key: str
@@ -38,6 +47,8 @@ class Sample:
     expression: str
     boxes_xyxy_px: tuple[Box, ...]
     meta: dict = field(default_factory=dict)
+    task: str = "rec"
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
