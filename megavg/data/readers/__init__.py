@@ -1,1 +1,1 @@
-"""Readers of annotated picture collections: each module turns one file format into ``Sample``s."""
+"""Readers of annotated picture collections: each module turns one file format into ``Draft``s, see ``base``."""

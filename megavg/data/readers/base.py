@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from megavg.data.readers.frames import PIXELS, boxes_to_px
 from megavg.data.sample import SampleError, decode_image, read_size, sample_from_fields
 from megavg.protocols.sample import Sample
+
+
+MAX_KEY = 92  # characters, see megavg.data.sample
 
 
 class ImageSource(Protocol):
@@ -57,35 +61,81 @@ class Draft:
         fields: of the record, see ``megavg.data.sample``: "expression", "boxes_xyxy_px", perhaps "task", "labels" and
             anything else for ``Sample.meta``. "width" and "height" may be missing where the format does not state
             them: they are then read from the picture.
+        box_frame: the frame of the boxes in ``fields``, one of ``megavg.data.readers.frames.FRAMES``; ``load`` turns
+            them into original pixels, because the size may be known only then.
+        clip_px: boxes that leave the picture by at most so many pixels are cut at its edge.
+        problem: (reason, detail) of a row that cannot become a sample: ``load`` raises it, so that the builder stops
+            there or leaves it out and counts it, as its user chose. None for a row that reads well so far.
     """
 
     where: str
     key: str
     image: ImageSource
     fields: dict[str, Any] = field(default_factory=dict)
+    box_frame: str = PIXELS
+    clip_px: float = 0.0
+    problem: tuple[str, str] | None = None
 
-    def load(self) -> Sample:
-        """Read the picture and check everything.
+    def read(self) -> bytes:
+        """The picture's bytes as stored.
+
+        Raises:
+            SampleError: "missing image", or the draft's own ``problem``.
+        """
+        if self.problem is not None:
+            raise SampleError(self.where, self.key, *self.problem)
+        try:
+            return self.image.read()
+        except OSError as error:
+            raise SampleError(self.where, self.key, "missing image",
+                              f"{self.image}: {error.strerror or error}") from error
+
+    def outline(self, data: bytes | None = None) -> Sample:
+        """The checked sample without its picture (``image`` is None): boxes in pixels, overhang cut off.
+
+        The picture is read only where the format does not state its size, and then not decoded.
+
+        Raises:
+            SampleError: as ``load``, less what only decoding shows.
+        """
+        if self.problem is not None:
+            raise SampleError(self.where, self.key, *self.problem)
+        fields = {**self.fields, "id": self.key}
+        if "width" not in fields or "height" not in fields:
+            fields["width"], fields["height"] = read_size(self.read() if data is None else data, self.where,
+                                                          self._name())
+        if "boxes_xyxy_px" in fields:
+            fields["boxes_xyxy_px"] = boxes_to_px(fields["boxes_xyxy_px"], self.box_frame, fields["width"],
+                                                  fields["height"], self.clip_px, self.where, self.key)
+        return replace(sample_from_fields(fields, self.where, self.key), shard="")
+
+    def load(self, data: bytes | None = None) -> Sample:
+        """Read the picture (or take ``data``, what :meth:`read` gave) and check everything.
 
         Raises:
             SampleError: naming where the draft stands, its key and what is wrong.
         """
-        try:
-            data = self.image.read()
-        except OSError as error:
-            raise SampleError(self.where, self.key, "missing image",
-                              f"{self.image}: {error.strerror or error}") from error
-        name = f"{self.key}: {self.image}"
-        fields = {**self.fields, "id": self.key}
-        if "width" not in fields or "height" not in fields:
-            fields["width"], fields["height"] = read_size(data, self.where, name)
-        sample = sample_from_fields(fields, self.where, self.key)
-        image = decode_image(data, sample.width, sample.height, self.where, name)
-        return Sample(sample.key, "", image, sample.width, sample.height, sample.expression, sample.boxes_xyxy_px,
-                      sample.meta, sample.task, sample.labels)
+        data = self.read() if data is None else data
+        sample = self.outline(data)
+        return replace(sample, image=decode_image(data, sample.width, sample.height, self.where, self._name()))
+
+    def _name(self) -> str:
+        return f"{self.key}: {self.image}"
+
+
+def broken(where: str, key: str, reason: str, detail: str) -> Draft:
+    """A draft for a row that cannot be read: its ``load`` raises ``SampleError(where, key, reason, detail)``."""
+    return Draft(where, key, ImageFile(""), problem=(reason, detail))
 
 
 def key_from(*parts: object) -> str:
-    """A key that shards accept, from names and numbers that make it unique together; folders and suffixes go."""
+    """A key that shards accept, from names and numbers that make it unique together; folders and suffixes go.
+
+    A name is cut to 40 characters, and further, the longest first, until the key fits: numbers stay whole.
+    """
     words = [re.sub(r"[^A-Za-z0-9_]+", "_", os.path.splitext(os.path.basename(str(part)))[0]) for part in parts]
-    return "-".join(word.strip("_")[:40] or "x" for word in words)[:92]
+    words = [word.strip("_")[:40] or "x" for word in words]
+    while (excess := sum(map(len, words)) + len(words) - 1 - MAX_KEY) > 0:
+        longest = max(range(len(words)), key=lambda place: len(words[place]))
+        words[longest] = words[longest][:max(1, len(words[longest]) - excess, len(words[longest]) // 2)]
+    return "-".join(words)
