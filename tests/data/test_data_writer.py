@@ -10,7 +10,7 @@ import pytest
 
 from megavg.data.sample import SampleError
 from megavg.data.shards import iterate_all
-from megavg.data.writer import write_shards
+from megavg.data.writer import OWNER, file_sha256, write_shards, write_tar
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -91,3 +91,19 @@ def test_no_sample_and_repeated_key(tmp_path, make_sample):
     with pytest.raises(SampleError, match="twice"):
         write_shards([make_sample(1), make_sample(2), make_sample(1)], str(tmp_path), "train", 1)
     assert contents(tmp_path) == {}
+
+
+def test_tars_are_byte_for_byte_those_of_webdataset(tmp_path):
+    from webdataset import TarWriter
+
+    records = [(f"{'x' * 70}/{number:03d}", {"png": bytes(number * 37), "json": b"{}" * number})
+               for number in range(0, 60, 7)]
+    with open(tmp_path / "theirs", "wb") as file, TarWriter(file, encoder=False, mtime=0, user=OWNER,
+                                                            group=OWNER) as tar:
+        for key, members in records:
+            tar.write({"__key__": key, **members})
+    written = write_tar(str(tmp_path / "ours"), records)
+    data = (tmp_path / "theirs").read_bytes()
+    assert (tmp_path / "ours").read_bytes() == data
+    assert written == (len(records), len(data), hashlib.sha256(data).hexdigest())
+    assert file_sha256(str(tmp_path / "ours")) == written.sha256
