@@ -1,7 +1,16 @@
-"""Label noise: replace the true boxes of a known share of the samples by wrong ones, and say so in each sample.
+"""Label noise: replace the true boxes and classes of a known share of the samples by wrong ones, and say so in each.
 
 How much noise a sample gets depends on its name alone, so it is the same in every epoch, on every rank and in every
 layout. Noise is off by default, and evaluation never has any.
+
+===============  ================================================================================================
+task             what a noisy sample has wrong
+===============  ================================================================================================
+rec, point       every box
+detection        every box, and its class where there are two or more to choose from; without any object it has
+                 nothing to get wrong and stays clean
+classification   the class: one wrong name takes the place of the right ones
+===============  ================================================================================================
 """
 
 from __future__ import annotations
@@ -24,19 +33,22 @@ _MARGIN_PX = 1e-6  # keeps rounding from making a wrong box touch a true one
 def add_noise(sample: Sample, options: LabelNoise) -> Sample:
     """Give ``sample`` wrong labels with ``options.probability``, or return it with ``meta["noisy"]`` False.
 
-    Noisy means: every true box is replaced by one of the same size, drawn evenly from all places inside the image where
-    it overlaps no true box; where there is no such place, width and height shrink together until there is one. The
-    wrong boxes may overlap each other. ``meta["clean_boxes_xyxy_px"]`` keeps the true ones. Where ``options.classes``
-    are given and ``meta["label"]`` is a text, it becomes another class and ``meta["clean_label"]`` keeps it; the
-    expression changes with it only where it is that very label.
+    The module's table says what is wrong in which task. A wrong box has the size of the true one and is drawn evenly
+    from all places inside the image where it overlaps no true box; where there is no such place, width and height
+    shrink together until there is one. The wrong boxes may overlap each other. A wrong class is one of
+    ``options.classes``, or without these of the names that the expression of a detection or classification lists, and
+    none of the sample's own. ``meta["clean_boxes_xyxy_px"]`` and ``meta["clean_labels"]`` keep what is true. Where
+    ``options.classes`` are given and ``meta["label"]`` is a text, it becomes another class, too, and
+    ``meta["clean_label"]`` keeps it; the expression changes with it only where it is that very label.
 
-    A sample that already says ``noisy`` keeps its boxes: what is true of it is not known. The noisy samples of a lower
+    A sample that already says ``noisy`` keeps its labels: what is true of it is not known. The noisy samples of a lower
     probability are among those of a higher one. With probability 0 the sample is returned untouched.
 
-    Source: label noise as in arXiv 2511.07738 [reported].
+    Source: label noise as in arXiv 2511.07738 [reported]; how it falls on the tasks is [ours].
 
     Raises:
-        SampleError: "no room for noise", when not even a box of one pixel fits beside the true ones.
+        SampleError: "no room for noise", when not even a box of one pixel fits beside the true ones, or when a
+            classification has no other class to take.
     """
     if not options.probability:
         return sample
@@ -44,16 +56,42 @@ def add_noise(sample: Sample, options: LabelNoise) -> Sample:
         return dataclasses.replace(sample, meta={**sample.meta, "noisy": True})
     stream = f"label noise/{options.seed}/{os.path.basename(sample.shard)}/{sample.key}"
     chance = iter(uniforms(stream, 2 + 3 * len(sample.boxes_xyxy_px)).tolist())
-    if next(chance) >= options.probability:
+    nothing = sample.task == "detection" and not sample.boxes_xyxy_px
+    if next(chance) >= options.probability or nothing:
         return dataclasses.replace(sample, meta={**sample.meta, "noisy": False})
-    meta = {**sample.meta, "noisy": True, "clean_boxes_xyxy_px": [list(box) for box in sample.boxes_xyxy_px]}
+    meta = {**sample.meta, "noisy": True}
     expression, label, which = sample.expression, sample.meta.get("label"), next(chance)
+    if sample.task != "classification":
+        meta["clean_boxes_xyxy_px"] = [list(box) for box in sample.boxes_xyxy_px]
     if options.classes and isinstance(label, str):
-        others = [name for name in options.classes if name != label]
-        meta |= {"label": others[int(which * len(others))], "clean_label": label}
+        meta |= {"label": _pick(options.classes, (label,), which), "clean_label": label}
         expression = meta["label"] if expression == label else expression
+    labels = _wrong_labels(sample, options, f"{stream}/labels")
+    if labels != sample.labels:
+        meta["clean_labels"] = list(sample.labels)
     boxes = tuple(_wrong_box(box, sample, chance) for box in sample.boxes_xyxy_px)
-    return dataclasses.replace(sample, expression=expression, boxes_xyxy_px=boxes, meta=meta)
+    return dataclasses.replace(sample, expression=expression, boxes_xyxy_px=boxes, labels=labels, meta=meta)
+
+
+def _wrong_labels(sample: Sample, options: LabelNoise, stream: str) -> tuple[str, ...]:
+    """The labels of a noisy sample: one wrong name for a classification, another class for each box of a detection."""
+    classes = options.classes or tuple(name.strip() for name in sample.expression.split(",") if name.strip())
+    if sample.task == "classification":
+        wrong = _pick(classes, sample.labels, uniforms(stream, 1).item())
+        if wrong is None:
+            raise SampleError(sample.shard, sample.key, NO_ROOM, f"there is no class beside {list(sample.labels)} to "
+                              f"take; give data.noise.classes, or an expression that lists the classes, got "
+                              f"{sample.expression!r}")
+        return (wrong,)
+    chances = uniforms(stream, len(sample.labels)).tolist() if sample.labels else []
+    return tuple(_pick(classes, (label,), chance) or label for label, chance in zip(sample.labels, chances))
+
+
+def _pick(classes: Sequence[str], right: Sequence[str], chance: float) -> str | None:
+    """One of ``classes`` that is none of ``right``; ``chance`` in [0, 1) says which. None where there is none."""
+    names = {name.strip().lower() for name in right}
+    others = [name for name in classes if name.strip().lower() not in names]
+    return others[int(chance * len(others))] if others else None
 
 
 def _wrong_box(box: Box, sample: Sample, chance: Iterator[float]) -> Box:

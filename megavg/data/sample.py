@@ -25,6 +25,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from megavg.data.spans import Span
 from megavg.protocols.sample import TASKS, Box, Sample
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -54,7 +55,7 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class RawRecord:
-    """The undecoded members of one sample: ``files`` maps a suffix ("png", "json") to bytes.
+    """The undecoded members of one sample: ``files`` maps a suffix ("png", "json") to bytes, or to where they lie.
 
     ``index`` counts the records of ``shard`` from 0, so (shard, index) names a record even where keys repeat.
     """
@@ -62,7 +63,7 @@ class RawRecord:
     shard: str
     key: str
     index: int
-    files: dict[str, bytes]
+    files: dict[str, bytes | Span]
 
 
 def parse_record(record: RawRecord) -> Sample:
@@ -74,8 +75,9 @@ def parse_record(record: RawRecord) -> Sample:
     if "json" not in record.files:
         raise SampleError(record.shard, record.key, "missing field",
                           f"no .json member, only {sorted(record.files)}")
+    content = _content(record, "json")
     try:
-        fields = json.loads(record.files["json"])
+        fields = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SampleError(record.shard, record.key, "bad json", f"the .json member does not parse ({error})") from error
     if not isinstance(fields, dict):
@@ -188,7 +190,7 @@ def read_size(data: bytes, shard: str, key: str) -> tuple[int, int]:
 
 def with_image(sample: Sample, record: RawRecord) -> Sample:
     """Return ``sample`` (from ``parse_record(record)``) with its image decoded; raises as ``decode_image``."""
-    data = record.files[_image_suffix(record)]
+    data = _content(record, _image_suffix(record))
     image = decode_image(data, sample.width, sample.height, record.shard, record.key)
     return dataclasses.replace(sample, image=image)
 
@@ -229,6 +231,15 @@ def _fields(sample: Sample) -> dict[str, Any]:
 
 def _image_suffix(record: RawRecord) -> str | None:
     return next((suffix for suffix in IMAGE_SUFFIXES if suffix in record.files), None)
+
+
+def _content(record: RawRecord, suffix: str) -> bytes:
+    member = record.files[suffix]
+    try:
+        return member if isinstance(member, bytes) else member.read()
+    except OSError as error:
+        raise SampleError(record.shard, record.key, "torn shard",
+                          f"the .{suffix} member cannot be read any more ({error}); copy the shard again") from error
 
 
 def _finite(value: Any) -> float | None:

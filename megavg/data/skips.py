@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 
 from megavg.data.sample import RawRecord, SampleError
+from megavg.data.urls import TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,11 @@ class SkipLog:
 
         Raises:
             SampleError: with ``on_error="raise"``.
+            TransportError: always, see there.
             ValueError: when more than ``max_skipped`` records were left out.
         """
+        if isinstance(error, TransportError):
+            raise error
         if not self.skipping:
             raise SampleError(error.shard, error.key, error.reason,
                               f"{error.detail}; repair it, or set on_error='skip' to leave such records out") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -11,14 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavg.data.noise import add_noise
-from megavg.data.sample import SampleError, check_boxes
+from megavg.data.sample import SampleError, check_boxes, check_labels
 from megavg.data.shards import PromptSource, iterate_all
+from megavg.ops.boxes import iou
 from megavg.protocols.options import LabelNoise
 from megavg.protocols.sample import Sample
 
 
 def bare(boxes, width=100, height=80, key="k", shard="a/b.tar", expression="it", **meta) -> Sample:
     return Sample(key, shard, None, width, height, expression, tuple(tuple(map(float, b)) for b in boxes), meta)
+
+
+def asking(task: str, boxes, labels, expression="king, queen, ace", key="k", **meta) -> Sample:
+    """A sample of another task than "rec"."""
+    return dataclasses.replace(bare(boxes, key=key, expression=expression, **meta), task=task, labels=tuple(labels))
 
 
 def contents(sample: Sample) -> tuple:
@@ -145,10 +152,80 @@ def test_classes():
     assert add_noise(bare([(1, 1, 9, 9)], label="ape"), noise).meta["label"] in noise.classes
 
 
+def test_a_detection_gets_wrong_boxes_and_wrong_classes():
+    boxes, seen = [(1, 1, 9, 9), (40, 40, 60, 70), (80, 5, 95, 20)], Counter()
+    for i in range(200):
+        sample = asking("detection", boxes, ("king", "queen", "king"), key=f"s{i}")
+        noisy = add_noise(sample, LabelNoise(1.0))
+        assert len(noisy.boxes_xyxy_px) == len(noisy.labels) == 3 and noisy.expression == sample.expression
+        assert all(iou(wrong, true) == 0 for wrong in noisy.boxes_xyxy_px for true in sample.boxes_xyxy_px)
+        assert all(wrong != right for wrong, right in zip(noisy.labels, sample.labels))
+        assert noisy.meta == {"noisy": True, "clean_boxes_xyxy_px": [list(map(float, box)) for box in boxes],
+                              "clean_labels": ["king", "queen", "king"]}
+        assert noisy == add_noise(sample, LabelNoise(1.0)) != add_noise(sample, LabelNoise(1.0, 1))
+        seen.update(noisy.labels)
+    assert set(seen) == {"king", "queen", "ace"} and min(seen.values()) > 60
+
+
+def test_a_detection_of_one_class_gets_wrong_boxes_alone():
+    sample = asking("detection", [(1, 1, 9, 9)], ("king",), expression="king")
+    noisy = add_noise(sample, LabelNoise(1.0))
+    assert noisy.labels == ("king",) and "clean_labels" not in noisy.meta
+    assert iou(noisy.boxes_xyxy_px[0], (1, 1, 9, 9)) == 0 and noisy.meta["noisy"]
+    assert add_noise(sample, LabelNoise(1.0, 0, ("king", "Joker"))).labels == ("Joker",)
+
+
+def test_a_detection_without_objects_has_nothing_to_get_wrong():
+    sample = asking("detection", [], ())
+    assert add_noise(sample, LabelNoise(1.0)) == dataclasses.replace(sample, meta={"noisy": False})
+
+
+def test_a_classification_gets_one_wrong_name():
+    seen = Counter()
+    for i in range(300):
+        noisy = add_noise(asking("classification", [], ("King ", "queen"), "king, queen, ace, ten", f"s{i}", x=1),
+                          LabelNoise(1.0))
+        assert noisy.meta == {"noisy": True, "x": 1, "clean_labels": ["King ", "queen"]} and len(noisy.labels) == 1
+        check_labels(noisy.labels, "classification", 0, "", "")
+        seen.update(noisy.labels)
+    assert set(seen) == {"ace", "ten"} and min(seen.values()) > 100
+    given = LabelNoise(1.0, 0, ("cat", "dog"))
+    assert add_noise(asking("classification", [], ("cat",), "what is it?"), given).labels == ("dog",)
+    with pytest.raises(SampleError, match="no room for noise: there is no class beside .'cat'. to take; give data.noise"):
+        add_noise(asking("classification", [], ("cat",), "cat"), LabelNoise(1.0))
+
+
+def test_a_point_gets_a_wrong_box_like_a_referring_expression():
+    sample = asking("point", [(1, 1, 9, 9)], (), "the button")
+    rec = dataclasses.replace(sample, task="rec")
+    noisy = add_noise(sample, LabelNoise(1.0))
+    assert noisy.boxes_xyxy_px == add_noise(rec, LabelNoise(1.0)).boxes_xyxy_px and noisy.meta["noisy"]
+    assert iou(noisy.boxes_xyxy_px[0], (1, 1, 9, 9)) == 0 and (noisy.task, noisy.labels) == ("point", ())
+
+
+@pytest.mark.parametrize("sample", [
+    asking("detection", [(1, 1, 9, 9)], ("king",)), asking("detection", [], ()), asking("point", [(1, 1, 9, 9)], ()),
+    asking("classification", [], ("king",)), asking("classification", [], ("cat",), "cat")])
+def test_no_task_changes_at_probability_zero(sample):
+    assert add_noise(sample, LabelNoise(0.0, 3, ("a", "b"))) is sample
+
+
+def test_every_task_has_its_share_of_noise():
+    for task, boxes, labels in (("detection", [(1, 1, 9, 9)], ("king",)), ("classification", [], ("king",)),
+                                ("point", [(1, 1, 9, 9)], ())):
+        flags = [add_noise(asking(task, boxes, labels, key=f"s{i}"), LabelNoise(0.3)).meta["noisy"]
+                 for i in range(2000)]
+        assert abs(sum(flags) - 600) < 5 * math.sqrt(2000 * 0.3 * 0.7)
+        clean = [asking(task, boxes, labels, key=f"s{i}") for i, flag in enumerate(flags) if not flag]
+        assert all(add_noise(sample, LabelNoise(0.3)) == dataclasses.replace(sample, meta={"noisy": False})
+                   for sample in clean)
+
+
 @pytest.mark.parametrize("options, words", [
     ({"probability": -0.1}, "probability=-0.1"), ({"probability": 1.5}, "probability=1.5"),
     ({"probability": math.nan}, "probability=nan"), ({"classes": ("a",)}, "two or more"),
-    ({"classes": ("a", "a", "b")}, "different"), ({"classes": ("a", "")}, "different")])
+    ({"classes": ("a", "a", "b")}, "different"), ({"classes": ("a", "")}, "different"),
+    ({"classes": ("a", "A ")}, "different")])
 def test_wrong_options(options, words):
     with pytest.raises(ValueError, match=words):
         LabelNoise(**options)
@@ -212,7 +289,7 @@ def test_a_position_belongs_to_its_noise(shard_set):
             drawn(folder, 1, 1, state, noise)
 
 
-def test_no_room_is_a_bad_record_on_every_rank(raw_tar, record):
+def test_no_room_is_a_bad_record(raw_tar, record):
     full = {3: {"boxes_xyxy_px": [[0, 0, 20, 10]]}}
     path = raw_tar([m for i in range(8) for m in record(f"r{i}", **full.get(i, {}))])
     ranks = [PromptSource(path, 4, 0, rank, 2, shuffle_buffer=1, on_error="skip", noise=LabelNoise(1.0))
@@ -220,6 +297,7 @@ def test_no_room_is_a_bad_record_on_every_rank(raw_tar, record):
     batches = [[sample.key for sample in rank.next_batch()] for rank in ranks]
     assert batches == [["r0", "r2"], ["r1", "r4"]]
     assert all(rank.skipped == {"no room for noise": 1} for rank in ranks)
-    for rank in range(2):
-        with pytest.raises(SampleError, match="r3.*no room for noise.*on_error='skip'"):
-            PromptSource(path, 4, 0, rank, 2, shuffle_buffer=1, noise=LabelNoise(1.0)).next_batch()
+    first, owner = (PromptSource(path, 4, 0, rank, 2, shuffle_buffer=1, noise=LabelNoise(1.0)) for rank in range(2))
+    assert [sample.key for sample in first.next_batch()] == ["r0", "r2"]
+    with pytest.raises(SampleError, match="r3.*no room for noise.*on_error='skip'"):
+        owner.next_batch()

@@ -83,10 +83,17 @@ def test_counts_are_restored(raw_tar, record):
 def test_a_finite_source_resumes_too(shard_set):
     folder = shard_set(40, 7)
     expected, _ = global_batches(folder, 3, infinite=False)
+    rest = [f"s{i:05d}" for i in range(40)]
+    for key in sum(expected, []):
+        rest.remove(key)
     _, states = global_batches(folder, 2, infinite=False)
     source = PromptSource(folder, 12, 7, shuffle_buffer=9, infinite=False)
     source.load_state_dict(states[0])
-    assert [[sample.key for sample in batch] for batch in source] == expected[2:]
+    found = [[sample.key for sample in batch] for batch in source]
+    assert found[:1] == expected[2:] and len(found) == 2 and sorted(found[1]) == rest
+    ended = PromptSource(folder, 4, 7, 1, 2, shuffle_buffer=9, infinite=False)
+    ended.load_state_dict(source.state_dict())
+    assert list(ended) == []
 
 
 def test_a_failed_batch_does_not_move_the_saved_position(raw_tar, record):

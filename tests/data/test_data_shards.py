@@ -10,8 +10,9 @@ from collections import Counter
 
 import pytest
 
+from megavg.data.order import shuffled
 from megavg.data.sample import SampleError
-from megavg.data.shards import PromptSource, expand_shards, iterate_all, shuffled
+from megavg.data.shards import PromptSource, expand_shards, iterate_all
 from megavg.data.tars import read_records
 
 
@@ -95,10 +96,74 @@ def test_samples_arrive_whole(shard_set, make_sample):
         assert sample.boxes_xyxy_px == original.boxes_xyxy_px and os.path.isfile(sample.shard)
 
 
-def test_finite_source_ends_after_the_last_full_batch(shard_set):
-    source = PromptSource(shard_set(22, 7), 5, seed=1, infinite=False)
-    assert len(list(source)) == 4
-    with pytest.raises(StopIteration):
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("count", [22, 24, 3])
+def test_a_finite_source_hands_out_every_sample_or_drops_the_last_short_batch(shard_set, count, on_error):
+    folder = shard_set(count, 7)
+    whole = list(PromptSource(folder, 8, 1, infinite=False, on_error=on_error))
+    assert sorted(key for batch in whole for key in keys(batch)) == [f"s{i:05d}" for i in range(count)]
+    assert [len(batch) for batch in whole] == [8] * (count // 8) + [count % 8] * (count % 8 > 0)
+    for dp_size in (2, 4):
+        ranks = [PromptSource(folder, 8, 1, rank, dp_size, infinite=False, on_error=on_error)
+                 for rank in range(dp_size)]
+        for batch in whole:  # a rank without a sample in the last batch gets an empty list, and no error
+            assert [keys(rank.next_batch()) for rank in ranks] == [keys(batch)[r::dp_size] for r in range(dp_size)]
+        for rank in ranks:
+            for _ in range(2):
+                with pytest.raises(StopIteration):
+                    rank.next_batch()
+            assert rank.state_dict()["consumed"] == count
+    full = PromptSource(folder, 8, 1, infinite=False, drop_last=True, on_error=on_error)
+    assert [keys(batch) for batch in full] == [keys(batch) for batch in whole[:count // 8]]
+
+
+def test_the_order_is_the_one_that_it_always_was(shard_set):
+    """Saved positions of older runs, and published figures, belong to this order."""
+    source = PromptSource(shard_set(40, 7), 12, seed=5, shuffle_buffer=9)
+    order = [int(key[1:]) for _ in range(4) for key in keys(source.next_batch())]
+    assert order[:44] == [14, 15, 0, 16, 1, 5, 4, 3, 17, 6, 8, 18, 12, 19, 13, 7, 28, 20, 31, 34, 33, 9, 37, 29, 11,
+                          21, 35, 2, 23, 38, 25, 36, 22, 26, 32, 30, 27, 39, 24, 10, 38, 15, 35, 36]
+
+
+def test_no_rank_reads_what_it_does_not_own(shard_set, record, raw_tar, tmp_path):
+    """The members of the other rank's records are overwritten under its feet, and it does not notice."""
+    path = raw_tar([m for i in range(8) for m in record(f"r{i}")])
+    spans = [found.files for found in read_records(path)]
+    status = os.stat(path)
+    with open(path, "r+b") as file:
+        for files in spans[1::2]:
+            for span in files.values():
+                file.seek(span.offset)
+                file.write(b"x" * span.size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert keys(PromptSource(path, 8, 0, 0, 2, shuffle_buffer=1).next_batch()) == ["r0", "r2", "r4", "r6"]
+    assert keys(iterate_all(path, rank=0, num_ranks=2)) == ["r0", "r2", "r4", "r6"]
+    with pytest.raises(SampleError, match="r1.*bad json"):
+        PromptSource(path, 8, 0, 1, 2, shuffle_buffer=1).next_batch()
+    resumed = PromptSource(path, 2, 0, 1, 2, shuffle_buffer=1)
+    resumed.load_state_dict({**resumed.state_dict(), "consumed": 4})
+    with pytest.raises(SampleError, match="r5.*bad json"):
+        resumed.next_batch()
+
+
+def test_a_shard_that_changes_while_it_is_read_is_an_error_or_makes_no_difference(shard_set):
+    first, second = expand_shards(shard_set(24, 12))
+    source = PromptSource(first, 4, 0)
+    seen = keys(source.next_batch())
+    spans = [span for found in read_records(second) for span in found.files.values()]
+    os.replace(second, first)
+    assert sorted(seen + [key for _ in range(2) for key in keys(source.next_batch())]) == [
+        f"s{i:05d}" for i in range(12)], "the open file is still the old one"
+    with pytest.raises(OSError, match="No such file"):
+        spans[0].read()
+    with open(second, "wb") as file:
+        file.write(bytes(20000))
+    with pytest.raises(OSError, match="was changed after"):
+        spans[0].read()
+    source = PromptSource(first, 4, 0)
+    source.next_batch()
+    os.truncate(first, 600)
+    with pytest.raises(SampleError, match="s000.*torn shard.*cannot be read any more.*ends inside of a member"):
         source.next_batch()
 
 
@@ -107,6 +172,8 @@ def test_finite_source_ends_after_the_last_full_batch(shard_set):
     ({"batch_size": 4, "dp_rank": 2, "dp_size": 2}, "dp_rank=2"),
     ({"batch_size": 4, "shuffle_buffer": 0}, "shuffle_buffer"),
     ({"batch_size": 4, "on_error": "ignore"}, "on_error"), ({"batch_size": 4, "max_skipped": -1}, "max_skipped"),
+    ({"batch_size": 4, "num_workers": -1}, "num_workers=-1"), ({"batch_size": 4, "shuffle_bytes": -1}, "shuffle_bytes"),
+    ({"batch_size": 4, "prefetch_batches": 0}, "prefetch_batches=0"),
 ])
 def test_wrong_arguments(shard_set, arguments, words):
     with pytest.raises(ValueError, match=words):
@@ -140,15 +207,12 @@ def test_skipped_records_are_skipped_alike_on_every_rank_and_counted_once(raw_ta
     assert all(rank.skipped == Counter(REASONS_SEEN) for rank in ranks)
 
 
-def test_raise_mode_stops_at_bad_json_everywhere_and_at_a_bad_image_on_its_owner(raw_tar, record):
-    outside = raw_tar([m for i in range(4) for m in record(f"r{i}", **({"width": -1} if i == 3 else {}))], "json.tar")
-    for rank in range(2):
-        with pytest.raises(SampleError, match="on_error='skip'"):
-            PromptSource(outside, 4, 0, rank, 2, shuffle_buffer=1).next_batch()
-    image = raw_tar([m for i in range(4) for m in record(f"r{i}", **({"image": b"?"} if i == 3 else {}))], "image.tar")
-    assert keys(PromptSource(image, 4, 0, 0, 2, shuffle_buffer=1).next_batch()) == ["r0", "r2"]
-    with pytest.raises(SampleError, match="r3.*broken image"):
-        PromptSource(image, 4, 0, 1, 2, shuffle_buffer=1).next_batch()
+@pytest.mark.parametrize("change, reason", [({"width": -1}, "bad json"), ({"image": b"?"}, "broken image")])
+def test_raise_mode_stops_at_a_bad_record_on_its_owner(raw_tar, record, change, reason):
+    path = raw_tar([m for i in range(4) for m in record(f"r{i}", **(change if i == 3 else {}))])
+    assert keys(PromptSource(path, 4, 0, 0, 2, shuffle_buffer=1).next_batch()) == ["r0", "r2"]
+    with pytest.raises(SampleError, match=f"r3.*{reason}.*on_error='skip'"):
+        PromptSource(path, 4, 0, 1, 2, shuffle_buffer=1).next_batch()
 
 
 def test_more_than_max_skipped_stops_with_the_way_out(raw_tar, record):
