@@ -102,3 +102,13 @@ def match(
         if scores[best] > 0:
             pairs.append((i, free.pop(best), scores[best]))
     return pairs
+
+
+def by_confidence(scores: Sequence[float | None]) -> list[int]:
+    """Indices of boxes by falling confidence, where every box states one; else in the order of the answer.
+
+    Of equal scores the first stays first. A confidence that only some boxes state ranks nothing.
+    """
+    if any(score is None for score in scores):
+        return list(range(len(scores)))
+    return sorted(range(len(scores)), key=lambda i: -scores[i])

@@ -96,6 +96,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(typing.get_args(hint), value, where)
     if origin is typing.Literal:
         choices = typing.get_args(hint)
+        if isinstance(value, bool) and {"off", "on"} & set(choices):  # YAML 1.1 reads these words as booleans
+            value = "on" if value else "off"
         if value not in choices:
             raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}"
                               f"{nearest(str(value), map(str, choices))}")

@@ -163,7 +163,8 @@ class LabelNoise:
     Attributes:
         probability: that a sample is noisy; 0 changes nothing and writes no flag, 1 takes every sample.
         seed: which samples are noisy, and how, depends on it and on the sample's name alone.
-        classes: where given, a noisy sample's ``label`` becomes another one of these.
+        classes: the classes a wrong one is taken from. Empty takes those that the expression of a detection or
+            classification lists; where given, the ``label`` of a referring expression becomes another one, too.
     """
 
     probability: float = 0.0
@@ -173,7 +174,8 @@ class LabelNoise:
     def __post_init__(self):
         if not 0 <= self.probability <= 1:
             raise ValueError(f"probability={self.probability} must be in 0..1")
-        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes) or not all(self.classes):
+        names = {name.strip().lower() for name in self.classes}
+        if len(self.classes) == 1 or len(names) < len(self.classes) or "" in names:
             raise ValueError(f"classes={list(self.classes)} must be two or more different names, or none at all")
 
 

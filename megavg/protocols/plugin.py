@@ -1,10 +1,16 @@
-"""Find a plug-in by name: the folder is the registry, and a dotted name reaches modules outside the package."""
+"""Find a plug-in by name: the folder is the registry; a dotted name or a file reaches modules outside the package."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.util
 import pkgutil
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
 
 
 def nearest(name: str, known) -> str:
@@ -20,11 +26,21 @@ def names_in(package: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(path) if m.name != "base" and not m.name.startswith("_"))
 
 
-def load_module(package: str, name: str, option: str):
-    """Import plug-in ``name`` of ``package``, or the module that a dotted ``name`` says.
+def load_module(package: str, name: str, option: str) -> ModuleType:
+    """Import plug-in ``name`` of ``package``, or the module of a dotted ``name``, or the file of a name ending in .py.
 
-    ``option`` is the configuration key that held the name; the error names it.
+    A relative path begins at the current folder. A file is loaded once: naming it again gives the same module.
+
+    Args:
+        package: home of the built-in plug-ins, such as ``megavg.rewards``.
+        name: ``iou``, ``my_package.my_reward`` or ``rewards/mine.py``.
+        option: the configuration key that held the name; every error names it.
+
+    Raises:
+        ValueError: there is no such plug-in, module or file, or the file fails while it is loaded.
     """
+    if name.endswith(".py"):
+        return _load_file(name, option)
     if "." in name:
         try:
             return importlib.import_module(name)
@@ -35,3 +51,30 @@ def load_module(package: str, name: str, option: str):
     if name not in known:
         raise ValueError(f"{option}={name!r} does not exist{nearest(name, known)}")
     return importlib.import_module(f"{package}.{name}")
+
+
+def short_name(name: str) -> str:
+    """How a plug-in is called in metrics: of a file, its name without folder and ".py"; else its name as it is."""
+    return Path(name).stem if name.endswith(".py") else name
+
+
+def _load_file(name: str, option: str) -> ModuleType:
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"{option}={name!r}: there is no file {path}; a relative path begins at the current folder, "
+                         f"{Path.cwd()}")
+    # The path is part of the module's name, so that two files of one name are two modules.
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    module_name = f"megavg_plugin_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{digest}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look their module up while it is loaded
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ValueError(f"{option}={name!r}: the file {path} fails while it is loaded: "
+                         f"{type(error).__name__}: {error}") from error
+    return module

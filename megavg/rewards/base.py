@@ -8,17 +8,22 @@ The contract, which ``tests/rewards/test_rewards.py`` puts to every file of this
 - It never raises because of what the model wrote, and never evaluates it.
 - A module may also hold ``check_options(**options)``, called once at start-up, that raises ValueError on a bad value.
 
-In the configuration, where a dotted name loads a module from outside the package::
+In the configuration, where a dotted name or the path of a file loads a module from outside the package::
 
     rewards:
       - {name: iou, weight: 1.0}
       - {name: iou, weight: 0.5, threshold: 0.5}
       - {name: format, weight: 0.1}
       - {name: my_package.my_reward, weight: 0.2, some_option: 3}
+      - {name: examples/custom_reward.py, weight: 0.2}
+      - {name: point_in_box, tasks: [point]}
+
+With ``tasks`` a reward judges only the samples of these tasks, and gives 0 to the others ("other task"): for mixtures.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import types
@@ -26,8 +31,12 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Mapping, Sequence
 
-from megavg.protocols.plugin import load_module, nearest
-from megavg.protocols.sample import Completion, Reward, RewardResult, Sample
+from megavg.protocols.plugin import load_module, nearest, short_name
+from megavg.protocols.sample import TASKS, Completion, Reward, RewardResult, Sample
+
+OTHER_TASK = RewardResult(0.0, "other task")
+"""What a reward gives a sample whose task is not among its ``tasks``."""
+_OWN = ("name", "weight", "tasks")  # keys of an entry that are no options of the reward
 
 
 @dataclass(frozen=True)
@@ -35,23 +44,26 @@ class Term:
     """One reward of the weighted sum.
 
     Attributes:
-        name: unique in its list, for metrics: the plug-in's name, with "_2", "_3" after it when it is listed again.
+        name: unique in its list, for metrics: the plug-in's name, with "_2", "_3" after it when it is listed again;
+            of a file the name without folder and ".py".
         weight: factor in the sum; a negative one makes a penalty.
         function: the plug-in's ``reward``.
         options: keyword arguments of ``function``.
+        tasks: tasks of the samples that it judges; empty for all.
     """
 
     name: str
     weight: float
     function: Reward
     options: dict = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
 
 
 def load_rewards(config_list: Sequence[Mapping[str, Any]]) -> list[Term]:
     """Turn the ``rewards`` section of a configuration into terms, checking every name, option and type.
 
     Args:
-        config_list: entries ``{"name": ..., "weight": 1.0, **options}``; weight may be left out.
+        config_list: entries ``{"name": ..., "weight": 1.0, "tasks": [], **options}``; weight and tasks may be left out.
 
     Raises:
         ValueError: an empty list, an unknown reward or option (with the nearest name), a value of the wrong type, or a
@@ -65,7 +77,7 @@ def load_rewards(config_list: Sequence[Mapping[str, Any]]) -> list[Term]:
         taken = {other.name for other in terms}
         candidates = [term.name, *(f"{term.name}_{n}" for n in range(2, len(terms) + 2))]
         name = next(candidate for candidate in candidates if candidate not in taken)
-        terms.append(Term(name, term.weight, term.function, term.options))
+        terms.append(dataclasses.replace(term, name=name))
     return terms
 
 
@@ -81,6 +93,9 @@ def score(
     check_frame(completion, sample)
     results = {}
     for term in terms:
+        if term.tasks and sample.task not in term.tasks:
+            results[term.name] = OTHER_TASK
+            continue
         result = term.function(completion, sample, **term.options)
         if not isinstance(result, RewardResult) or not math.isfinite(result.score) or not result.reason:
             raise ValueError(f"reward {term.name!r} on sample {sample.key!r}: expected a RewardResult with a finite "
@@ -101,18 +116,20 @@ def check_frame(completion: Completion, sample: Sample) -> None:
 def _load_term(entry: Mapping[str, Any], where: str) -> Term:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise ValueError(f"{where}: expected a mapping with a name, such as {{name: iou, weight: 1.0}}, got {entry!r}")
-    options = {key: value for key, value in entry.items() if key not in ("name", "weight")}
-    name, weight = entry["name"], entry.get("weight", 1.0)
+    options = {key: value for key, value in entry.items() if key not in _OWN}
+    name, weight, tasks = entry["name"], entry.get("weight", 1.0), entry.get("tasks", [])
     if not _fits(weight, float) or not math.isfinite(weight):
         raise ValueError(f"{where}.weight: expected a finite number, got {weight!r}")
+    if not isinstance(tasks, (list, tuple)) or not all(task in TASKS for task in tasks):
+        raise ValueError(f"{where}.tasks: expected a list out of {', '.join(TASKS)}, got {tasks!r}")
     module = load_module("megavg.rewards", name, f"{where}.name")
     function = getattr(module, "reward", None)
     if not callable(function):
-        raise ValueError(f"{where}.name={name!r}: module {module.__name__} holds no function named reward")
+        raise ValueError(f"{where}.name={name!r}: {module.__file__ or module.__name__} holds no function named reward")
     _check_options(function, options, f"{where} ({name})")
     if hasattr(module, "check_options"):
         module.check_options(**options)
-    return Term(name, float(weight), function, options)
+    return Term(short_name(name), float(weight), function, options, tuple(tasks))
 
 
 def _check_options(function: Reward, options: dict, where: str) -> None:
@@ -124,7 +141,7 @@ def _check_options(function: Reward, options: dict, where: str) -> None:
         if key not in known:
             if takes_any:
                 continue
-            raise ValueError(f"{where}: there is no option {key!r}{nearest(key, [*known, 'name', 'weight'])}")
+            raise ValueError(f"{where}: there is no option {key!r}{nearest(key, [*known, *_OWN])}")
         if key in hints and not _fits(value, hints[key]):
             raise ValueError(f"{where}.{key}: expected {_describe(hints[key])}, got {value!r}")
     missing = [name for name, p in known.items() if p.default is p.empty and name not in options]

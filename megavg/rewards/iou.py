@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megavg.ops.boxes import giou, iou, match
+from megavg.ops.answer_text import says_none
+from megavg.ops.boxes import by_confidence, giou, iou, match
 from megavg.ops.box_text import parse_boxes
 from megavg.protocols.sample import Box, Completion, RewardResult, Sample
 
@@ -18,25 +19,28 @@ def reward(
 ) -> RewardResult:
     """Score the answer by ``sum(overlap of matched pairs) / max(true boxes, answered boxes)``, 0..1.
 
-    Boxes are matched one to one, greedily in the order of the answer, so answering more boxes than there are costs as
-    much as missing some. An answer whose boxes cannot be read scores 0 with the parser's reason.
+    Boxes are matched one to one, greedily in the order of the confidence that the answer states for each, or else in
+    the order of the answer, so answering more boxes than there are costs as much as missing some. Where there is no
+    true box, an answer that says so ("None", "[]") scores 1, but for classification, which has no boxes. An answer
+    whose boxes cannot be read scores 0 with the parser's reason.
 
     Args:
         completion: the answer and the frame it is written in.
-        sample: the true boxes.
+        sample: the true boxes; their labels are not looked at.
         threshold: None for the continuous overlap; else a matched pair counts 1 where its IoU is at least this, and 0
             below. In 0 < threshold <= 1; goes with ``kind="iou"`` only.
         kind: "iou"; or "giou" for (GIoU + 1) / 2, which still tells near from far where boxes do not touch.
 
     Returns:
-        The score, and "ok", "no overlap", "below threshold", "extra boxes", "missing boxes", "no true box" or the
-        parser's reason.
+        The score, and "ok", "no overlap", "below threshold", "extra boxes", "missing boxes", "no true box",
+        "rightly none", "wrongly none" or the parser's reason.
     """
     check_options(threshold=threshold, kind=kind)
     answer = parse_boxes(completion.text, completion.frame, completion.box_format)
-    predicted, truth = answer.boxes_px, sample.boxes_xyxy_px
+    truth = sample.boxes_xyxy_px
+    predicted = [answer.boxes_px[i] for i in by_confidence(answer.scores)]
     if not predicted:
-        return RewardResult(0.0, answer.reason)
+        return none_result(completion, sample) or RewardResult(0.0, answer.reason)
     if not truth:
         return RewardResult(0.0, "no true box")
     pairs = match(predicted, truth, _scaled_giou if kind == "giou" else iou)
@@ -51,6 +55,13 @@ def reward(
     if len(predicted) != len(truth):
         return RewardResult(total, "extra boxes" if len(predicted) > len(truth) else "missing boxes")
     return RewardResult(total, "ok")
+
+
+def none_result(completion: Completion, sample: Sample) -> RewardResult | None:
+    """What an answer without boxes scores for saying that there is nothing; None where it does not say so."""
+    if sample.task == "classification" or not says_none(completion.text):
+        return None
+    return RewardResult(0.0, "wrongly none") if sample.boxes_xyxy_px else RewardResult(1.0, "rightly none")
 
 
 def check_options(threshold: float | None = None, kind: str = "iou") -> None:

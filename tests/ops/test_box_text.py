@@ -107,7 +107,9 @@ TWO = (*ONE, (5.0, 6.0, 7.0, 8.0))
     ("[-1, -2.5, 3, 4]", ((-1.0, -2.5, 3.0, 4.0),)),
 ])
 def test_boxes_are_found_wherever_they_stand_in_json(text, boxes):
-    assert read(text) == ParsedBoxes(boxes, "ok")
+    answer = read(text)
+    assert (answer.boxes_px, answer.reason) == (boxes, "ok")
+    assert len(answer.labels) == len(answer.scores) == len(boxes)
 
 
 @pytest.mark.parametrize("text, boxes", [
@@ -120,6 +122,37 @@ def test_boxes_are_found_wherever_they_stand_in_json(text, boxes):
 def test_boxes_are_found_between_box_tokens(text, boxes):
     answer = read(text, TOKENS)
     assert (answer.boxes_px, answer.reason) == (boxes, "ok")
+
+
+@pytest.mark.parametrize("text, labels, scores", [
+    ('[{"bbox_2d": [1, 2, 3, 4], "label": "king"}, {"label": "queen", "bbox_2d": [5, 6, 7, 8]}]',
+     ("king", "queen"), (None, None)),
+    ('{"objects": [{"score": 0.5, "bbox_2d": [1, 2, 3, 4], "class": "a"}, {"bbox_2d": [5, 6, 7, 8], '
+     '"confidence": 1e-1}]}', ("a", None), (0.5, 0.1)),
+    ('{"label": "both", "bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]]}', ("both", "both"), (None, None)),
+    ('{"label": "outer", "objects": [{"bbox_2d": [1, 2, 3, 4]}, {"bbox": [5, 6, 7, 8]}]}', (None, None), (None, None)),
+    ('"label": "loose" {"bbox_2d": [1, 2, 3, 4]} {"bbox_2d": [5, 6, 7, 8], "label": "in"}', (None, "in"), (None, None)),
+    ("[{'bbox_2d': [1, 2, 3, 4], 'label': 'it\\'s'}, "
+     "{\"bbox_2d\": [5, 6, 7, 8], \"label\": \"\\u6846 \\\"x\\\"\"}]",
+     ("it's", '框 "x"'), (None, None)),
+    ('[{"bbox_2d": [1, 2, 3, 4], "label": "a } b ] {"}, {"bbox_2d": [5, 6, 7, 8], "label": 3, "score": "0.5"}]',
+     ("a } b ] {", None), (None, None)),
+    ('[{"bbox_2d": [1, 2, 3, 4], "score": 1e400}, {"bbox_2d": [5, 6, 7, 8], "score": NaN}]', (None, None),
+     (None, None)),
+    ("{" * 100 + '"bbox_2d": [1, 2, 3, 4], "label": "deep"' + "}" * 100
+     + '{"bbox_2d": [5, 6, 7, 8], "label": "after"}', (None, "after"), (None, None)),
+    ("{" * 63 + '"label": "outer", "x": ' + "{" * 40 + '"bbox_2d": [1, 2, 3, 4]' + "}" * 103
+     + '{"bbox_2d": [5, 6, 7, 8], "label": "after"}', (None, "after"), (None, None)),
+])
+def test_labels_and_scores_are_those_of_the_box_s_own_object(text, labels, scores):
+    assert read(text) == ParsedBoxes(TWO, "ok", labels, scores)
+
+
+def test_token_answers_name_their_boxes_before_them():
+    text = ("<|object_ref_start|>king<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
+            "<|object_ref_start|>the queen<|object_ref_end|> <|box_start|>(5,6),(7,8)<|box_end|>"
+            "<|box_start|>(1,2),(3,4)<|box_end|>")
+    assert read(text, TOKENS) == ParsedBoxes((*TWO, *ONE), "ok", ("king", "the queen", "the queen"))
 
 
 @pytest.mark.parametrize("text, reason", [
@@ -206,7 +239,7 @@ def test_thinking_can_be_demanded_or_forbidden():
     assert strict_format(wrapped, JSON, thinking=False) == "text around the boxes"
 
 
-SIZE = 1_000_000
+SIZE = 300_000
 BOMBS = {
     "open brackets": "[" * SIZE,
     "open braces": "{" * SIZE,
@@ -231,14 +264,20 @@ BOMBS = {
     "blanks after a box token": "<|box_start|>" + " " * SIZE,
     "answers": "<answer>" * (SIZE // 8) + "[",
     "thoughts": "<think></think><answer>" * (SIZE // 30) + "</answer>x" * (SIZE // 30),
+    "labels": '{"label": "' * (SIZE // 11),
+    "labels under labels": '{"label": "x", ' * (SIZE // 15),
+    "braces in turn": '{"label": "x"}' + "{}" * (SIZE // 2),
+    "braces and brackets": '{"label": "x"}' + "{[" * (SIZE // 2),
+    "references": "<|object_ref_start|>" * (SIZE // 20),
+    "references without an end": "<|object_ref_start|>x" * (SIZE // 21),
     "broken list of objects": "[" + '{"bbox_2d": [1, 2, 3, 4]},' * 900 + " " * SIZE,
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_megabyte_of_hostile_text_is_read_in_linear_time(name):
-    # A quadratic reader needs hours for a million characters; the bound leaves room for a slow machine.
-    start = time.perf_counter()
+def test_hostile_text_is_read_in_linear_time(name):
+    # A quadratic reader needs hours for so many characters; the bound leaves room for a slow machine.
+    start = time.process_time()
     for box_format in BOX_FORMATS:
         frame = Frame(FRAME_KIND[box_format], 1000, 1000, 1000, 1000)
         answer = parse_boxes(BOMBS[name], frame, box_format)
@@ -246,7 +285,7 @@ def test_a_megabyte_of_hostile_text_is_read_in_linear_time(name):
         assert answer.reason
         for thinking in (None, True, False):
             assert strict_format(BOMBS[name], box_format, thinking) is not None
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 20
 
 
 PIECES = [

@@ -84,3 +84,25 @@ def test_match_takes_another_score():
     near_then_far = [(12, 0, 18, 10), (80, 0, 90, 10)]
     pairs = boxes.match([(0, 0, 10, 10)], near_then_far, score=lambda a, b: (boxes.giou(a, b) + 1) / 2)
     assert [(i, j) for i, j, _ in pairs] == [(0, 0)]
+
+
+def test_by_confidence_ranks_only_where_every_box_states_one():
+    assert boxes.by_confidence([0.1, 0.9, 0.9, 0.5]) == [1, 2, 3, 0]
+    assert boxes.by_confidence([0.1, None, 0.9]) == [0, 1, 2]
+    assert boxes.by_confidence([]) == []
+
+
+def test_iou_equals_pycocotools():
+    mask = pytest.importorskip("pycocotools.mask")
+    import numpy
+
+    rng = random.Random(1)
+    for trial in range(200):
+        number = (lambda: rng.uniform(0, 400)) if trial % 2 else (lambda: float(rng.randrange(20)))
+        sides = [[(number(), number(), number() + 0.5, number() + 0.5) for _ in range(rng.randint(1, 8))]
+                 for _ in range(2)]
+        theirs = mask.iou(*(numpy.array(xywh) for xywh in sides), [0] * len(sides[1]))
+        for i, a in enumerate(sides[0]):
+            for j, b in enumerate(sides[1]):
+                ours = boxes.iou(*((x, y, x + w, y + h) for x, y, w, h in (a, b)))
+                assert ours == pytest.approx(theirs[i, j], abs=1e-9)

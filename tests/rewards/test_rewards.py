@@ -1,4 +1,4 @@
-"""The contract of every reward in the folder, the loader's errors, and the values of iou and format."""
+"""The contract of every reward in the folder, the loader's errors, and the values of iou, giou and format."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from megavg.ops.answer_text import format_answer
 from megavg.ops.box_text import BOX_FORMATS, FRAME_KIND, format_boxes
 from megavg.protocols.plugin import names_in
 from megavg.protocols.sample import RELATIVE_1000, Completion, Frame, RewardResult, Sample
@@ -43,14 +44,27 @@ HOSTILE = ["[" * 100_000, '{"bbox_2d": [NaN, NaN, NaN, NaN]}', '{"bbox_2d": [-1e
            '{"bbox_2d": [-5, -5, 2000, 2000]}', "<think>" * 1000, "(1,2),(3,4)" * 5000, '"' * 1000 + "{"]
 
 
+SECOND_BOX = (400.0, 200.0, 600.0, 400.0)
+# What a reward is for; the others are for boxes.
+TASK = {"point_in_box": "point", "detection": "detection", "classification": "classification"}
+
+
+def samples_of(name: str) -> list[Sample]:
+    """With one true answer and with several, where the task knows several."""
+    task = TASK.get(name, "rec")
+    labels = {"detection": ("king", "queen"), "classification": ("king", "monarch")}.get(task, ())
+    boxes = () if task == "classification" else (TRUE_BOX, SECOND_BOX)
+    return [Sample("k0", "", None, 640, 480, "it", boxes[:n], {}, task, labels[:n]) for n in (1, 2)]
+
+
 @pytest.mark.parametrize("box_format", BOX_FORMATS)
 @pytest.mark.parametrize("name", names_in("megavg.rewards"))
 def test_every_reward_keeps_the_contract(name, box_format):
     terms = load_rewards([{"name": name}])
     rng = random.Random(0)
     soup = ["".join(rng.choices('[]{}(),:"<|box_start|>bbox_2d 0123456789.-', k=60)) for _ in range(300)]
-    for sample in (make_sample(), make_sample(TRUE_BOX, (0.0, 0.0, 5.0, 5.0))):
-        good = written(*sample.boxes_xyxy_px, box_format=box_format)
+    for sample in samples_of(name):
+        good = answer(format_answer(sample, answer("", box_format).frame, box_format), box_format)
         texts = [good.text, *EMPTY, *HOSTILE, *soup]
         for text in texts:
             for truncated in (False, True):
@@ -99,6 +113,55 @@ def test_giou_tells_near_from_far_and_unreadable_stays_at_zero():
     assert only(config, near).reason == "no overlap"
 
 
+def test_giou_by_its_own_name_is_the_same():
+    rng = random.Random(5)
+    for _ in range(50):
+        x, y = rng.uniform(0, 500), rng.uniform(0, 400)
+        completion = written((x, y, x + rng.uniform(5, 100), y + rng.uniform(5, 80)))
+        assert only({"name": "giou"}, completion) == only({"name": "iou", "kind": "giou"}, completion)
+
+
+def test_iou_matches_in_the_order_of_stated_confidence():
+    # The second box fits exactly; the first is worse, and takes the true box unless the second is surer.
+    both = '[{{"bbox_2d": [156, 104, 469, 208], "score": {}}}, {{"bbox_2d": [156, 104, 469, 313], "score": {}}}]'
+    first, second = (only({"name": "iou"}, answer(both.format(*scores))).score for scores in ((0.9, 0.1), (0.1, 0.9)))
+    assert first == pytest.approx(0.25, abs=0.01) and second == pytest.approx(0.5, abs=0.01)
+
+
+def test_none_scores_where_nothing_is_true_and_only_there():
+    empty = Sample("k0", "", None, 640, 480, "kings", (), {}, "detection")
+    classes = Sample("k0", "", None, 640, 480, "king, queen", (), {}, "classification", ("king",))
+    for config in ({"name": "iou"}, {"name": "giou"}, {"name": "iou", "threshold": 0.5}, {"name": "detection"}):
+        assert only(config, answer("None"), empty) == RewardResult(1.0, "rightly none")
+        assert only(config, answer("None")) == RewardResult(0.0, "wrongly none")
+        assert only(config, answer(""), empty) == RewardResult(0.0, "empty answer")
+        assert only(config, answer("nothing"), empty).score == 0
+        assert only(config, written(TRUE_BOX), empty) == RewardResult(0.0, "no true box")
+        assert only(config, answer("None"), classes).score == 0
+
+
+def test_format_knows_the_forms_of_all_tasks():
+    for name in TASK:
+        for sample in samples_of(name):
+            for box_format in BOX_FORMATS:
+                text = format_answer(sample, answer("", box_format).frame, box_format)
+                wrapped = f"<think>x</think><answer>{text}</answer>"
+                assert only({"name": "format"}, answer(text, box_format), sample) == RewardResult(1.0, "ok")
+                assert only({"name": "format", "thinking": True}, answer(wrapped, box_format), sample).score == 1
+                assert only({"name": "format"}, answer(wrapped, box_format), sample).score == 0
+
+
+def test_a_reward_for_some_tasks_gives_the_others_nothing():
+    terms = load_rewards([{"name": "iou", "tasks": ["rec", "detection"]}, {"name": "point_in_box", "tasks": ["point"]}])
+    boxed = written(TRUE_BOX)
+    for task, total in (("rec", "iou"), ("point", "point_in_box")):
+        sample = Sample("k0", "", None, 640, 480, "it", (TRUE_BOX,), {}, task)
+        value, results = score(boxed, sample, terms)
+        assert value == results[total].score > 0.9
+        assert [name for name, result in results.items() if result.reason == "other task"] == \
+            [name for name in ("iou", "point_in_box") if name != total]
+
+
 def test_format_wants_the_exact_form():
     plain = written(TRUE_BOX)
     wrapped = answer(f"<think>on the left</think>\n<answer>{plain.text}</answer>")
@@ -136,6 +199,10 @@ def test_the_sum_is_weighted_and_a_reward_listed_twice_keeps_both_results():
     ([{"name": "format", "thinking": 1}], "expected bool, got 1"),
     ([{"name": "iou", "weight": "1"}], r"rewards\[0\].weight: expected a finite number"),
     ([{"name": "iou", "weight": math.nan}], "expected a finite number"),
+    ([{"name": "iou", "tasks": "rec"}], r"rewards\[0\].tasks: expected a list out of rec, point"),
+    ([{"name": "iou", "tasks": ["recs"]}], r"rewards\[0\].tasks: expected a list out of rec, point"),
+    ([{"name": "point_in_box", "iou_weight": -1.0}], "iou_weight: expected a weight of 0 or more, got -1.0"),
+    ([{"name": "detection", "mode": "map75"}], "expected one of 'map', 'map50'"),
     ([{"name": "no_such_package.reward"}], "cannot import module 'no_such_package'"),
     ([{"name": "json.decoder"}], "holds no function named reward"),
 ])
