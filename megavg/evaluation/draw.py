@@ -1,4 +1,5 @@
-"""Draw true and predicted boxes on pictures, and lay the pictures out as one panel for a report or the training log."""
+"""Draw true and predicted boxes and points on pictures, and lay them out as one panel for a report or the training log.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from megavg.evaluation.grounding import grounding_iou
+from megavg.evaluation.rows import grounding_iou
 from megavg.ops.boxes import clip, is_degenerate
 from megavg.protocols.sample import Box
 
@@ -20,7 +21,7 @@ _FRAME = (206, 212, 218)
 _MARGIN = 14
 _LINE_WIDTH = 3
 _DASH = 9
-_MAX_CAPTION_LINES = 3
+_POINT_RADIUS = 6
 
 
 def draw_boxes(
@@ -29,16 +30,21 @@ def draw_boxes(
     predicted: Sequence[Box],
     caption: str,
     scale_to: int = 224,
+    points: Sequence[tuple[float, float]] = (),
+    verdict: str = "",
+    max_lines: int = 3,
 ) -> Image.Image:
-    """Draw one answer as a tile: the picture, true boxes solid green, predicted ones dashed orange, IoU and caption.
+    """Draw one answer as a tile: the picture, true boxes solid green, predicted ones dashed orange, verdict, caption.
 
     Args:
         image: any mode, at its original size; it is not changed.
         truth: true boxes in original pixels.
         predicted: predicted boxes in original pixels; parts outside the picture are cut off.
-        caption: what was asked, wrapped to the tile and cut after three lines.
+        caption: what was asked, wrapped to the tile and cut after ``max_lines``; a line end begins a new line.
         scale_to: the longer side of the picture in the tile and the tile's width, in pixels; small pictures are
             enlarged, large ones reduced.
+        points: predicted points in original pixels, drawn as orange rings; those outside are not seen.
+        verdict: the line in bold; by default the IoU, or that there is no box.
 
     Returns:
         An RGB image, ``scale_to`` wide, its height depending on the picture and the caption.
@@ -57,13 +63,15 @@ def draw_boxes(
     for boxes, color, dash in ((scaled_truth, TRUE_COLOR, 0), (scaled_predicted, PREDICTED_COLOR, _DASH)):
         for box in filter(None, boxes):
             _draw_outline(pen, box, color, dash)
+    for x, y in points:
+        _draw_point(pen, x * size[0] / image.width, y * size[1] / image.height)
 
     font, bold = _font(14), _font(15)
-    lines = _wrap(caption, font, scale_to)
+    lines = [line for part in caption.split("\n") for line in _wrap(part, font, scale_to, max_lines)][:max_lines]
     tile = Image.new("RGB", (scale_to, size[1] + 26 + 18 * len(lines)), _PAPER)
     tile.paste(picture, ((scale_to - size[0]) // 2, 0))
     pen = ImageDraw.Draw(tile)
-    pen.text((0, size[1] + 5), _verdict(truth, predicted, scaled_predicted), font=bold, fill=_INK)
+    pen.text((0, size[1] + 5), verdict or _verdict(truth, predicted, scaled_predicted), font=bold, fill=_INK)
     for index, line in enumerate(lines):
         pen.text((0, size[1] + 25 + 18 * index), line, font=font, fill=_FAINT)
     return tile
@@ -129,6 +137,14 @@ def _draw_outline(pen: ImageDraw.ImageDraw, box: Box, color: tuple[int, int, int
             pen.line(piece, fill=color, width=_LINE_WIDTH)
 
 
+def _draw_point(pen: ImageDraw.ImageDraw, x: float, y: float) -> None:
+    """A ring around a point of the tile, on a light one."""
+    for radius, color, width in ((_POINT_RADIUS + 1, _HALO, _LINE_WIDTH + 2), (_POINT_RADIUS, PREDICTED_COLOR,
+                                                                               _LINE_WIDTH)):
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=color, width=width)
+    pen.ellipse((x - 1, y - 1, x + 1, y + 1), fill=PREDICTED_COLOR)
+
+
 def _dashes(start: tuple[float, float], end: tuple[float, float], dash: int) -> list[tuple[float, ...]]:
     """Cut a line into dashes of ``dash`` pixels with gaps of two thirds of that; 0 keeps it whole."""
     length = abs(end[0] - start[0]) + abs(end[1] - start[1])
@@ -161,8 +177,8 @@ def _verdict(truth: Sequence[Box], predicted: Sequence[Box], visible: Sequence[B
     return f"IoU {grounding_iou(predicted, truth):.2f}{outside}" if truth else f"no true box{outside}"
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Break text into lines no wider than ``width`` pixels; the last of three ends in an ellipsis if more follows."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int = 3) -> list[str]:
+    """Break text into lines no wider than ``width`` pixels; the last of them ends in an ellipsis if more follows."""
     lines = [""]
     for word in text[:1000].split():
         joined = f"{lines[-1]} {word}".strip()
@@ -175,8 +191,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
             if lines[-1] and font.getlength(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
-    if len(lines) > _MAX_CAPTION_LINES:
-        lines = lines[:_MAX_CAPTION_LINES]
+    if len(lines) > max_lines:
+        lines = lines[:max_lines]
         while lines[-1] and font.getlength(lines[-1] + "...") > width:
             lines[-1] = lines[-1][:-1]
         lines[-1] = lines[-1].rstrip() + "..."

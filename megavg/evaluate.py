@@ -1,0 +1,42 @@
+"""Measure a Qwen-VL checkpoint: ``deepspeed megavg/evaluate.py --config FILE [section.key=value ...]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if not __package__:  # started as a file: the repository root takes the place of this folder on the path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate as the command line says; 0, or 2 after an error that its message tells how to mend."""
+    from megavg.parallel.quiet import quieten
+    from megavg.trainer.entry import tell
+    from megavg.trainer.evaluate_config import parse_command_line
+
+    try:
+        config = parse_command_line(argv)
+        quieten()
+        from megavg.trainer.bad_data import BadData
+        from megavg.trainer.evaluation_run import EvaluationRun
+
+        run = EvaluationRun(config)
+    except (ValueError, OSError) as error:
+        return tell(error)
+    try:
+        run.run()
+    except BadData as error:
+        return tell(error)
+    return 0
+
+
+def _start() -> int:
+    code = main()
+    from megavg.trainer.entry import part
+
+    return part(code)
+
+
+if __name__ == "__main__":
+    sys.exit(_start())
