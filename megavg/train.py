@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; 0, or 2 after an error that its message tells how to mend."""
     from megavg.parallel.quiet import quieten
     from megavg.trainer.config import parse_command_line
+    from megavg.trainer.entry import tell
 
     try:
         config = parse_command_line(argv)
@@ -22,34 +23,19 @@ def main(argv: list[str] | None = None) -> int:
 
         trainer = Trainer(config)
     except (ValueError, OSError) as error:
-        return _tell(error)
+        return tell(error)
     try:
         trainer.run()
     except BadData as error:
-        return _tell(error)
+        return tell(error)
     return 0
-
-
-def _tell(error: Exception) -> int:
-    """What a user can mend gets one message and no traceback, unless MEGAVG_TRACEBACK=1 asks for it.
-
-    A wrong option is seen by every rank alike and told by the first; a file may be missing on one machine alone.
-    """
-    if os.environ.get("MEGAVG_TRACEBACK") == "1":
-        raise error
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or isinstance(error, OSError):
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
-    return 2
 
 
 def _start() -> int:
     code = main()
-    if "megavg.parallel.mcore" in sys.modules:  # not after a typo, for which torch is not loaded
-        from megavg.parallel.mcore import stop_processes
+    from megavg.trainer.entry import part
 
-        stop_processes()
-    return code
+    return part(code)
 
 
 if __name__ == "__main__":

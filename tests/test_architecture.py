@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "trainer": {"protocols", "ops", "parallel", "checkpoint", "models", "data", "rewards", "algorithms", "rollout",
                 "evaluation"},
     "train": {"trainer", "parallel"},
+    "evaluate": {"trainer", "parallel"},
 }
 # A library -> the only rooms that may import it.
 HOMES = {
@@ -40,7 +41,8 @@ HOMES = {
     "vllm": {"rollout"},
 }
 # Rooms -> libraries that may not be imported at the top of their modules: a typo is answered before these are loaded.
-LATE = {"algorithms": {"torch"}, "rewards": {"torch"}, "train": {"torch", "megavg"}}
+LATE = {"algorithms": {"torch"}, "rewards": {"torch"}, "train": {"torch", "megavg"},
+        "evaluate": {"torch", "megavg"}}
 
 
 def room_of(path: Path) -> str:

@@ -74,7 +74,7 @@ def read(paths: list[str], others: list[str], args: argparse.Namespace) -> tuple
 
 def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     """The report as plain JSON, and the facts it rests on."""
-    from megavg.data.shard_report import describe, index_problems, leaks, record_problems, repeated
+    from megavg.data.shard_report import describe, index_problems, leaks, record_problems, repeated, without_index
 
     paths, folders = find(args.shards)
     other_paths, other_folders = find(args.against) if args.against else ([], [])
@@ -90,6 +90,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     kinds: dict[str, int] = {}
     for entry in problems:
         kinds[entry["kind"]] = kinds.get(entry["kind"], 0) + 1
+    report["without_index"] = without_index(facts, folders) + without_index(others, other_folders)
     report |= {"ok": not problems, "problems": {"count": len(problems), "by_kind": kinds, "all": problems}}
     return report, facts
 
@@ -139,6 +140,8 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     if "shared" in report:
         print(f"pictures shared with {' '.join(args.against)}: {report['shared']['pictures']} (in "
               f"{report['shared']['samples']} samples)")
+    for folder in report["without_index"]:
+        print(f"note: {folder}: no index.json; counts and checksums are unchecked")
     for entry in report["problems"]["all"][:args.max_listed]:
         where = ": ".join(part for part in (entry["shard"], entry["key"]) if part)
         print(f"WRONG: {entry['kind']}: {where}: {entry['detail']}")
@@ -155,6 +158,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
+    sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     args = parser.parse_args(argv)
     if min(args.num_pictures, args.processes) < 1 or args.max_listed < 0:

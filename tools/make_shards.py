@@ -69,7 +69,7 @@ def build_parser(formats: Mapping[str, Format]) -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=whole, default=1, metavar="N",
                         help="build N shards at a time (default 1); the bytes do not depend on it")
     parser.add_argument("--dry-run", action="store_true", help="count the samples, show five, and write nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace the shards that are in DIR")
+    parser.add_argument("--overwrite", action="store_true",  help="begin anew, and replace the shards that are in DIR")
     add_source_options(parser, formats)
     return parser
 
@@ -224,12 +224,15 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"make_shards: error: {error}", file=sys.stderr)
         return 1
+    # A file name or a bad row may hold what no encoding has.
+    sys.stdout.reconfigure(errors="backslashreplace")
     formats = load_formats()
     args = parse(argv, formats, ranks)
     try:
         return run(args, formats, ranks)
     except KeyboardInterrupt:
-        print("make_shards: stopped; the same command continues after the finished shards", file=sys.stderr)
+        print("make_shards: stopped; the same command, without --overwrite, continues after the finished shards",
+              file=sys.stderr)
         ranks.abort()
         return 130
     except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping
@@ -94,13 +95,24 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
+    return number
+
+
 def names(text: str) -> list[str]:
     """Words separated by commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 _PARSERS: Mapping[str, dict[str, Any]] = {
-    "str": {"metavar": "TEXT"}, "int": {"type": whole, "metavar": "N"}, "float": {"type": float, "metavar": "X"},
+    "str": {"metavar": "TEXT"}, "int": {"type": whole, "metavar": "N"}, "float": {"type": not_negative, "metavar": "X"},
     "Sequence[str]": {"type": names, "metavar": "A,B,..."}, "list[str]": {"type": names, "metavar": "A,B,..."},
     "tuple[str, ...]": {"type": names, "metavar": "A,B,..."},
 }

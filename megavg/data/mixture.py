@@ -24,7 +24,7 @@ class Mixture(BatchSource):
 
     Which source the place p of the global order takes depends on (seed, p) alone: it is drawn with the weights as
     chances, whatever the ranks, the batch size and the records that are left out. Each source runs through epochs of
-    its own, in its own order. ``Sample.meta["data_source"]`` names it. A mixture has no end.
+    its own, in its own order. ``Sample.meta["mixture_source"]`` names it. A mixture has no end.
 
     Args:
         sources: name -> (paths, patterns or URLs, weight). Weights are relative: 3 and 1 are three samples of four. A
@@ -64,7 +64,7 @@ class Mixture(BatchSource):
 
     def _sample(self, candidate: Candidate, lane: int) -> Sample:
         sample = super()._sample(candidate, lane)
-        return dataclasses.replace(sample, meta={**sample.meta, "data_source": self.names[lane]})
+        return dataclasses.replace(sample, meta={**sample.meta, "mixture_source": self.names[lane]})
 
     def metrics(self) -> dict[str, float]:
         """Skipped records, where there are any, and the samples that each source has given so far."""

@@ -10,7 +10,8 @@ Records of another task than "rec" also hold "task" and, for detection and class
 (``megavg.protocols.sample.Sample`` says which). A detection may hold no box, a classification holds none.
 
 Boxes refer to the pixels AS STORED: an EXIF orientation is not applied, so a picture that a viewer shows rotated keeps
-the width and height of its file.
+the width and height of its file. No one can tell whether boxes that were drawn in a viewer fit it, so building shards
+refuses such pictures. Texts are what UTF-8 can hold; a lone surrogate ("\\ud800", which JSON may spell) is refused.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from megavg.data.spans import Span
+from megavg.ops.class_text import normal_name
+from megavg.ops.text_parts import MAX_LABEL
 from megavg.protocols.sample import TASKS, Box, Sample
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -33,12 +36,15 @@ RECORD_FIELDS = ("id", "width", "height", "expression", "boxes_xyxy_px", "task",
 REQUIRED_FIELDS = RECORD_FIELDS[1:5]
 REASONS = ("bad json", "missing field", "missing image", "empty box", "box outside image", "broken image",
            "size mismatch", "bad key", "torn shard", "control token", "extreme aspect", "no room for noise",
-           "unknown task", "bad labels")
+           "unknown task", "bad labels", "rotated picture", "duplicate key")
 
 # webdataset cuts a member's name at its first dot, and a plain tar header holds 100 characters.
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_\-/]{1,92}")
 _CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
 _MAX_ASPECT_RATIO = 200
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+_ORIENTATION, _ROTATED = 0x0112, range(2, 9)  # the EXIF tag, and its values that a viewer turns or mirrors by
+_EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
 
 class SampleError(ValueError):
@@ -58,20 +64,25 @@ class RawRecord:
     """The undecoded members of one sample: ``files`` maps a suffix ("png", "json") to bytes, or to where they lie.
 
     ``index`` counts the records of ``shard`` from 0, so (shard, index) names a record even where keys repeat.
+    ``problem`` is the (reason, detail) of members that make no record; ``parse_record`` raises it.
     """
 
     shard: str
     key: str
     index: int
     files: dict[str, bytes | Span]
+    problem: tuple[str, str] | None = None
 
 
 def parse_record(record: RawRecord) -> Sample:
     """Read the JSON of ``record`` and check it; the image stays undecoded (``Sample.image`` is None).
 
     Raises:
-        SampleError: no JSON or image member, a missing or ill-typed field, or a box that is empty or outside.
+        SampleError: no JSON or image member, a missing or ill-typed field, a box that is empty or outside, or the
+            record's own ``problem``.
     """
+    if record.problem is not None:
+        raise SampleError(record.shard, record.key, *record.problem)
     if "json" not in record.files:
         raise SampleError(record.shard, record.key, "missing field",
                           f"no .json member, only {sorted(record.files)}")
@@ -94,6 +105,7 @@ def sample_from_fields(fields: dict[str, Any], shard: str, key: str, image: Imag
     Raises:
         SampleError: naming ``shard`` and ``key``, when a field is missing, ill-typed or a box is wrong.
     """
+    _check_texts(fields, shard, key)
     for name in REQUIRED_FIELDS:
         if name not in fields:
             raise SampleError(shard, key, "missing field", f"{name!r} is not among {sorted(fields)}")
@@ -104,8 +116,6 @@ def sample_from_fields(fields: dict[str, Any], shard: str, key: str, image: Imag
     expression = fields["expression"]
     if not isinstance(expression, str) or not expression.strip():
         raise SampleError(shard, key, "missing field", f"expression must be a text, got {expression!r}")
-    if _CONTROL_TOKEN.search(expression):
-        raise SampleError(shard, key, "control token", f"{expression!r} holds a token that would break the prompt")
     longer, shorter = max(fields["width"], fields["height"]), min(fields["width"], fields["height"])
     if longer > _MAX_ASPECT_RATIO * shorter:
         raise SampleError(shard, key, "extreme aspect", f"{fields['width']} x {fields['height']} is more than "
@@ -116,15 +126,38 @@ def sample_from_fields(fields: dict[str, Any], shard: str, key: str, image: Imag
     boxes = check_boxes(fields["boxes_xyxy_px"], fields["width"], fields["height"], shard, key,
                         may_be_empty=task in ("detection", "classification"))
     check_labels(labels, task, len(boxes), shard, key)
+    for text in (expression, *labels):
+        if _CONTROL_TOKEN.search(text):
+            raise SampleError(shard, key, "control token", f"{text!r} holds a token that would break the prompt")
     meta = {name: value for name, value in fields.items() if name not in RECORD_FIELDS}
     return Sample(str(fields.get("id", key)), shard, image, fields["width"], fields["height"], expression, boxes, meta,
                   task, tuple(labels))
 
 
+def _check_texts(fields: dict[str, Any], shard: str, key: str) -> None:
+    """Raise ``SampleError`` where UTF-8 cannot hold a text of ``fields``, at any depth: no tokenizer takes it."""
+    try:
+        _ENCODER.encode([fields, key]).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SampleError(shard, key, "bad json", f"a text holds {error.object[error.start:error.end]!r}, a part of a "
+                          "character that was cut in two (a lone surrogate)") from error
+    except (TypeError, ValueError, RecursionError):
+        pass  # no JSON at all: record_json says so where the sample is written
+
+
 def check_labels(labels: Any, task: str, num_boxes: int, shard: str, key: str) -> None:
-    """Raise ``SampleError`` unless ``labels`` are the texts that ``task`` needs: a class per box, or right names."""
+    """Raise ``SampleError`` unless ``labels`` are the texts that ``task`` needs: a class per box, or right names.
+
+    A label must be a name as :func:`megavg.ops.class_text.normal_name` takes it, of 1 to ``MAX_LABEL`` characters
+    besides quotes around it and a final stop: no answer could match another.
+    """
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) and label.strip() for label in labels):
         raise SampleError(shard, key, "bad labels", f"labels must be a list of texts, got {labels!r}")
+    nameless = next((label for label in labels if not normal_name(label)), None)
+    if nameless is not None:
+        raise SampleError(shard, key, "bad labels", f"no answer can match the label {nameless[:80]!r} of "
+                          f"{len(nameless)} characters: a name has 1 to {MAX_LABEL} besides quotes and a final stop; "
+                          "rename the class")
     if task == "classification" and (num_boxes or not labels):
         raise SampleError(shard, key, "bad labels", f"a classification holds one or more labels and no box, got "
                           f"{len(labels)} labels and {num_boxes} boxes")
@@ -158,15 +191,25 @@ def check_boxes(boxes: Any, width: int, height: int, shard: str, key: str,
     return tuple(checked)
 
 
-def decode_image(data: bytes, width: int, height: int, shard: str, key: str) -> Image.Image:
+def decode_image(data: bytes, width: int, height: int, shard: str, key: str,
+                 check_orientation: bool = False) -> Image.Image:
     """Decode ``data`` completely to RGB, as stored (no EXIF rotation), and compare its size with the record's.
 
+    Of 16 bits the upper 8 are kept, of grey as of colours.
+
+    Args:
+        check_orientation: refuse a picture that viewers show turned or mirrored, as building shards does.
+
     Raises:
-        SampleError: "broken image" or "size mismatch".
+        SampleError: "broken image", "rotated picture" or "size mismatch".
     """
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
-            image = opened.convert("RGB")
+            if check_orientation:
+                _check_orientation(opened, shard, key)
+            image = _to_rgb(opened)
+    except SampleError:
+        raise
     except UnidentifiedImageError as error:
         raise SampleError(shard, key, "broken image", f"{len(data)} bytes are no PNG, JPEG or WebP image") from error
     except Exception as error:  # Pillow's decoders raise many types (OSError, SyntaxError, struct.error, ...)
@@ -176,6 +219,26 @@ def decode_image(data: bytes, width: int, height: int, shard: str, key: str) -> 
         raise SampleError(shard, key, "size mismatch",
                           f"the record says {width} x {height}, the stored image is {image.width} x {image.height}")
     return image
+
+
+def _to_rgb(opened: Image.Image) -> Image.Image:
+    if opened.mode.startswith("I"):  # 16 bits of grey: convert("RGB") alone would cut all above 255 to white
+        opened = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    elif opened.mode not in _EIGHT_BIT_MODES:
+        raise ValueError(f"pixels of mode {opened.mode!r} have no exact meaning in 8 bits; save it as 8-bit RGB")
+    return opened.convert("RGB")
+
+
+def _check_orientation(opened: Image.Image, shard: str, key: str) -> None:
+    try:
+        orientation = opened.getexif().get(_ORIENTATION)
+    except Exception:  # damaged EXIF, of many types: a viewer cannot turn by it either
+        return
+    if orientation in _ROTATED:
+        raise SampleError(shard, key, "rotated picture",
+                          f"its EXIF orientation is {orientation}: viewers show the stored {opened.width} x "
+                          f"{opened.height} pixels turned or mirrored, so what its boxes refer to is not known; "
+                          "save the picture again the way its boxes were drawn, without the orientation tag")
 
 
 def read_size(data: bytes, shard: str, key: str) -> tuple[int, int]:
@@ -215,10 +278,10 @@ def check_sample(sample: Sample) -> None:
 def record_json(sample: Sample) -> bytes:
     """The JSON member of ``sample``: sorted keys, UTF-8, floats written so that they read back bit-equal."""
     try:
-        text = json.dumps(_fields(sample), sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SampleError(sample.shard, sample.key, "bad json", f"meta does not fit into JSON ({error})") from error
-    return text.encode("utf-8")
+        return json.dumps(_fields(sample), sort_keys=True, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SampleError(sample.shard, sample.key, "bad json",
+                          f"the sample does not fit into JSON in UTF-8 ({error})") from error
 
 
 def _fields(sample: Sample) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def index_problems(facts: Iterable[ShardFacts], whole_folders: Iterable[str] = (
     """Compare shards with the index.json beside them.
 
     Args:
-        whole_folders: folders that were checked as a whole: every shard of their index must be there.
+        whole_folders: folders that were checked as a whole: every shard of their index, and the index, must be there.
     """
     found: list[dict[str, str]] = []
     by_folder: dict[str, list[ShardFacts]] = {os.path.normpath(folder): [] for folder in whole_folders}
@@ -97,6 +97,9 @@ def index_problems(facts: Iterable[ShardFacts], whole_folders: Iterable[str] = (
             found.append(problem("unfinished build", folder, "", f"{UNFINISHED} stands in the folder; run the same "
                                  "make_shards command again to complete the set"))
         if not os.path.exists(path):
+            if folder in whole and not os.path.isdir(os.path.join(folder, UNFINISHED)):
+                found.append(problem("no index", folder, "", f"no {INDEX_NAME}: the set is not complete, or was made "
+                                     "elsewhere; counts and checksums unchecked"))
             continue
         try:
             with open(path, encoding="utf-8") as file:
@@ -106,6 +109,13 @@ def index_problems(facts: Iterable[ShardFacts], whole_folders: Iterable[str] = (
             found.append(problem("bad index", path, "", f"it does not read as an index of shards "
                                  f"({type(error).__name__}: {error})"))
     return found
+
+
+def without_index(facts: Iterable[ShardFacts], whole_folders: Iterable[str] = ()) -> list[str]:
+    """Folders without an index of which only some shards were checked, which is no fault."""
+    held = dict.fromkeys(os.path.normpath(os.path.dirname(fact.path)) for fact in facts)
+    whole = {os.path.normpath(folder) for folder in whole_folders}
+    return [folder for folder in held if folder not in whole and not os.path.exists(os.path.join(folder, INDEX_NAME))]
 
 
 def _differences(folder: str, held: list[ShardFacts], listed: dict[str, dict], whole: bool) -> list[dict[str, str]]:

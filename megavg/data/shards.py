@@ -6,6 +6,7 @@ each rank reads the headers, and the records of its own samples; a URL is fetche
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -160,10 +161,43 @@ def order_fingerprint(seed: int, shuffle_buffer: int, shuffle_bytes: int, noise:
 
 
 def shards_fingerprint(shards: list[str]) -> dict:
-    """Which shards these are: names and sizes, not folders (they may move between machines); the text of a URL."""
-    listing = json.dumps([[shard] if is_url(shard) else [os.path.basename(shard), os.path.getsize(shard)]
+    """Which shards these are: names and contents, not folders (they may move between machines); the text of a URL.
+
+    What a local tar holds is told by its sha256 in the index.json beside it, where that lists it with its size. A tar
+    without one is told by its size and a hash of parts of it: of one that was built anew some part differs.
+    """
+    listed = {folder: _listed(folder) for folder in {os.path.dirname(shard) for shard in shards if not is_url(shard)}}
+    listing = json.dumps([[shard] if is_url(shard) else
+                          [os.path.basename(shard), *_content_of(shard, listed[os.path.dirname(shard)])]
                           for shard in shards])
     return {"num_shards": len(shards), "shards": hashlib.sha256(listing.encode("utf-8")).hexdigest()}
+
+
+def _listed(folder: str) -> dict[tuple, str]:
+    """(name, bytes) -> sha256 of the shards in the folder's index; nothing without an index that can be read."""
+    try:
+        with open(os.path.join(folder, "index.json"), encoding="utf-8") as file:
+            return {(shard["name"], shard["bytes"]): str(shard["sha256"]) for shard in json.load(file)["shards"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _content_of(shard: str, listed: dict[tuple, str]) -> tuple[int, str]:
+    status = os.stat(shard)
+    sha256 = listed.get((os.path.basename(shard), status.st_size))
+    return status.st_size, sha256 or _hash_of_parts(shard, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _hash_of_parts(path: str, size: int, changed_ns: int) -> str:
+    """Of the first and the last 64 KiB, and of 64 blocks of 4 KiB between them, evenly spaced; once for each change."""
+    ends = 1 << 16
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for place, length in [(0, ends), *((size * part // 64, 1 << 12) for part in range(64)), (size - ends, ends)]:
+            file.seek(max(place, 0))
+            digest.update(file.read(length))
+    return digest.hexdigest()
 
 
 def check_fingerprint(saved: dict, own: dict) -> None:
@@ -172,4 +206,5 @@ def check_fingerprint(saved: dict, own: dict) -> None:
                  if saved.get(name) != own.get(name)]
     if differing:
         raise ValueError("this position belongs to another order of samples (" + "; ".join(differing) + "); "
-                         "give the same shards, weights, seed, shuffle_buffer and noise, or start from the beginning")
+                         "give the same shards (rebuilt? their contents count), weights, seed, shuffle_buffer and "
+                         "noise, or start from the beginning")

@@ -21,6 +21,7 @@ from megavg.data.urls import TransportError, UrlStream, is_url
 logger = logging.getLogger(__name__)
 
 _HEADER_BUFFER = 4096  # two headers and the JSON between them are one read
+_NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # a member's key and suffix: the file name is cut at its first dot
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
 _KEPT = {"json", *IMAGE_SUFFIXES}
 
@@ -68,8 +69,9 @@ class _Forward:
         return data
 
 
-def _members(shard: str, file: BinaryIO | _Forward, version: tuple[int, int, int] | None) -> Iterator[dict]:
-    """Members as webdataset's grouping wants them, with a ``Span`` for data where the file has a ``version``.
+def _members(shard: str, file: BinaryIO | _Forward, version: tuple[int, int, int] | None
+             ) -> Iterator[tuple[str, bytes | Span]]:
+    """(name, data) of the members, with a ``Span`` for data where the file has a ``version``.
 
     The check runs before the grouping hands out the last, perhaps incomplete, record.
     """
@@ -86,20 +88,38 @@ def _members(shard: str, file: BinaryIO | _Forward, version: tuple[int, int, int
             data: Span | bytes = Span(shard, member.offset_data, member.size, version)
         else:
             data = file.read(member.size) if name.rpartition("/")[2].partition(".")[2].lower() in _KEPT else b""
-        yield {"fname": name, "data": data, "__url__": shard}
+        yield name, data
     blocks.check_end()
     if isinstance(file, _Forward):
         file.stream.finish()
 
 
-def _grouped(shard: str, members: Iterable[dict]) -> Iterator[RawRecord]:
-    """Put members that share a key together; raises ``SampleError`` "torn shard" where the tar ends before its end."""
-    from webdataset.tariterators import group_by_keys  # late: webdataset brings torch with it
+def _by_key(shard: str, members: Iterable[tuple[str, bytes | Span]]) -> Iterator[RawRecord]:
+    """Put neighbouring members that share a key together, as webdataset does; a repeated member spoils that record."""
+    key, files, problem, index = None, {}, None, 0
+    for name, data in members:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue
+        if match[1] != key:
+            if key is not None:
+                yield RawRecord(shard, key, index, files, problem)
+                index += 1
+            key, files, problem = match[1], {}, None
+        suffix = match[2].lower()
+        if suffix in files:
+            problem = problem or ("duplicate key", f"{name} occurs again in the record of its key, so which members "
+                                  "belong together is not known")
+        elif not suffix.startswith("__"):
+            files[suffix] = data
+    if key is not None:
+        yield RawRecord(shard, key, index, files, problem)
 
+
+def _grouped(shard: str, members: Iterable[tuple[str, bytes | Span]]) -> Iterator[RawRecord]:
+    """The records of ``members``; raises ``SampleError`` "torn shard" where the tar ends before its end."""
     try:
-        for index, found in enumerate(group_by_keys(members)):
-            files = {suffix: data for suffix, data in found.items() if not suffix.startswith("__")}
-            yield RawRecord(shard, found["__key__"], index, files)
+        yield from _by_key(shard, members)
     except TransportError:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:

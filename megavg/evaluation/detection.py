@@ -1,4 +1,12 @@
-"""Mean average precision and recall of detection answers over a whole set, as COCO computes them (pycocotools)."""
+"""Mean average precision and recall of detection answers over a whole set, as COCO computes them (pycocotools).
+
+Two things differ from COCO's own evaluation of its files, as the shards do not hold them:
+
+- Crowds (iscrowd) are not there: megavg's reader of COCO leaves them out, so a box answered on a crowd is a false one,
+  where COCO would ignore it. With the reader's ``keep_crowd`` they are ordinary objects.
+- The area that makes an object small, medium or large is that of its box; COCO takes the area of its mask, which is
+  smaller, so some objects fall into the next larger class here.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +33,8 @@ def coco_figures(rows: Sequence[dict]) -> dict:
         rows: of :func:`megavg.evaluation.rows.answer_row` with task "detection".
 
     Returns:
-        map (IoU .50:.05:.95), map_50, map_75, map_small, map_medium, map_large (below 32 x 32, below 96 x 96 and above,
-        in original pixels), mar_1, mar_10, mar_100 (recall with so many boxes a picture and class), num_objects,
+        map (IoU .50:.05:.95), map_50, map_75, map_small, map_medium, map_large (boxes below 32 x 32, below 96 x 96 and
+        above, in original pixels), mar_1, mar_10, mar_100 (recall with so many boxes a picture and class), num_objects,
         num_categories, and unlabelled_boxes (answered without a class that could be read, and therefore not counted).
     """
     names = sorted({name for row in rows for name in row["true_labels"]})

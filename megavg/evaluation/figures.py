@@ -47,6 +47,13 @@ class AnswerScores:
         return figures(self.rows)
 
 
+def in_stored_order(rows: Sequence[dict], samples: Sequence[Sample]) -> list[dict]:
+    """The rows in the order of their samples, strangers last: figures that break ties by order, as COCO's mAP does,
+    must not depend on which rank answered what."""
+    place = {(sample.shard, sample.key): i for i, sample in enumerate(samples)}
+    return sorted(rows, key=lambda row: place.get((row["shard"], row["key"]), len(place)))
+
+
 def figures(rows: Sequence[dict]) -> dict:
     """The figures of a set; fractions are 0..1 of all its samples, and an answer that cannot be read is wrong.
 

@@ -74,9 +74,19 @@ def write_beside(path: Path, text: str) -> None:
 
 
 def describe_shards(shards: list[str]) -> list[list]:
-    """[path, bytes, sha256] of every shard; bytes is None for a URL or a pipe, sha256 what an index.json says."""
-    return [[shard, os.path.getsize(shard) if os.path.isfile(shard) else None, (entry or {}).get("sha256")]
-            for shard, entry in zip(shards, indexed(shards))]
+    """[path, bytes, content] of every shard; bytes is None for a URL or a pipe.
+
+    The content is the sha256 that an index.json says, or else when the file was last written: shards that were built
+    anew are noticed although their sizes are equal, and so are shards that were merely copied anew.
+    """
+    return [[shard, *_file_facts(shard, entry or {})] for shard, entry in zip(shards, indexed(shards))]
+
+
+def _file_facts(shard: str, entry: dict) -> list:
+    if not os.path.isfile(shard):
+        return [None, entry.get("sha256")]
+    facts = os.stat(shard)
+    return [facts.st_size, entry.get("sha256") or f"written at {facts.st_mtime_ns} ns"]
 
 
 def describe_checkpoint(directory: str | Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from megavg.data.writer import INDEX_NAME
 from megavg.protocols.sample import Sample
 
 AS_TASKS = ("rec", "point")
-"""Tasks that a sample with boxes may be asked as instead of its own."""
+"""Tasks whose samples may be asked as the other one."""
 
 
 class SetReader:
@@ -33,7 +33,8 @@ class SetReader:
         max_skipped: more left-out records than this are an error.
         limit: at most so many samples, the first ones; 0 takes all.
         where: name in ``Sample.meta`` -> the value, or list of values, that a sample must have to be in the set.
-        as_task: "rec" or "point": ask samples that have boxes as this task; "" leaves each its own.
+        as_task: "rec" or "point": ask every sample as this task, whose own must be one of the two; "" leaves each its
+            own.
         answered: (shard, key) of samples that need no answer any more.
 
     Attributes:
@@ -95,7 +96,11 @@ class SetReader:
             self.skips.handle(error, record.index)
             return None
         self._records[sample.shard, sample.key] = record.index
-        if self.as_task and sample.boxes_xyxy_px and sample.task in AS_TASKS:
+        if self.as_task:
+            if sample.task not in AS_TASKS:
+                raise ValueError(f"{sample.shard}: sample {sample.key!r} is of task {sample.task!r}, but the set's "
+                                 f"task: {self.as_task} takes samples of {' and '.join(AS_TASKS)} alone; leave the "
+                                 "set's task empty, or keep such samples out by where or by other shards")
             sample = dataclasses.replace(sample, task=self.as_task)
         return sample
 

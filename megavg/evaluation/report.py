@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from megavg.evaluation.figures import HEADLINES, headline
 from megavg.evaluation.fingerprint import write_beside
-from megavg.evaluation.tables import (groups_markdown, markdown, percent, refcoco_columns, refcoco_markdown,
-                                      screenspot_markdown)
+from megavg.evaluation.tables import (groups_markdown, markdown, percent, refcoco_columns, refcoco_left_out,
+                                      refcoco_markdown, screenspot_markdown)
 from megavg.evaluation.worst import worst_panel, worst_rows
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "megatron-core", "pycocotools", "webdataset", "pillow")
@@ -59,20 +60,28 @@ def write_results(folder: Path, results: Mapping[str, dict], rows_of_set: Mappin
         rows_of_set: by set, its rows.
         about: what the figures belong to: model, layout, prompts, configuration, versions.
     """
-    columns = refcoco_columns(rows_of_set)
+    columns, left_out = refcoco_columns(rows_of_set), refcoco_left_out(rows_of_set)
     refcoco = [{"dataset": dataset, "split": split, **found} for (dataset, split), found in columns.items()]
-    content = {"about": dict(about), "sets": dict(results), **({"refcoco": refcoco} if refcoco else {})}
+    content = {"about": dict(about), "sets": dict(results), **({"refcoco": refcoco} if refcoco else {}),
+               **({"refcoco_left_out": left_out} if left_out else {})}
     write_beside(folder / "results.json", json.dumps(content, indent=2) + "\n")
-    text = report(results, columns, about)
+    text = report(results, columns, left_out, about)
     write_beside(folder / "results.md", text)
     return text
 
 
-def report(results: Mapping[str, dict], columns: Mapping[tuple[str, str], dict], about: Mapping[str, Any]) -> str:
-    """The Markdown of a whole evaluation."""
+def report(results: Mapping[str, dict], columns: Mapping[tuple[str, str], dict], left_out: Mapping[str, int],
+           about: Mapping[str, Any]) -> str:
+    """The Markdown of a whole evaluation; ``left_out``: samples of RefCOCO that are in none of the columns."""
     parts = [f"# Evaluation of {about['model']}", _overview(results)]
+    if columns or left_out:
+        parts.append("## RefCOCO")
     if columns:
-        parts += ["## RefCOCO", refcoco_markdown(columns)]
+        parts.append(refcoco_markdown(columns))
+    if left_out:
+        counts = ", ".join(f"{name} {count}" for name, count in left_out.items())
+        parts.append("In none of the eight official splits (UNC's of RefCOCO and RefCOCO+, UMD's of RefCOCOg): "
+                     f"{counts}.")
     for name, result in results.items():
         parts += [f"## {name}", *_details(name, result)]
     parts += ["## How it was measured", _about(results, about)]
@@ -122,12 +131,19 @@ def _about(results: Mapping[str, dict], about: Mapping[str, Any]) -> str:
     lines = [f"- model {about['model']} ({about['family']}, {about['dtype']}), {about['layout']}, greedy, at most "
              f"{about['max_new_tokens']} tokens",
              "- versions: " + ", ".join(f"{name} {version}" for name, version in about["versions"].items())]
-    lines += [f"- question ({task}): `{' '.join(text.split())}`" for task, text in about["prompts"].items()]
     cut = {name: result["truncated_rate"] for name, result in results.items() if result["truncated_rate"]}
     if cut:
         lines.append("- answers cut off at the length limit: " + ", ".join(f"{name} {percent(share)} %"
                                                                            for name, share in cut.items()))
-    if any(result["task"] == "detection" for result in results.values()):
+    if any("detection" in result.get("tasks", [result["task"]]) for result in results.values()):
         lines.append("- detection: where an answer states no confidence, its boxes rank in the order of the answer, so "
-                     "mAP is not on one scale with that of a detector that ranks its boxes")
-    return "\n".join(lines)
+                     "mAP is not on one scale with that of a detector that ranks its boxes; crowds (iscrowd) are not "
+                     "in the shards, and an object is small, medium or large by the area of its box, not of its mask")
+    return "\n\n".join(["\n".join(lines), *(f"Question ({task}):\n\n{_block(text)}"
+                                            for task, text in about["prompts"].items())])
+
+
+def _block(text: str) -> str:
+    """Text as a code block, every blank and line end as it is; the fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"

@@ -11,7 +11,7 @@ from typing import Sequence
 
 from megavg.ops.answer_text import class_name, normal_name, says_none
 from megavg.ops.box_text import ParsedBoxes, parse_boxes
-from megavg.ops.boxes import center, contains, iou, match
+from megavg.ops.boxes import by_confidence, center, contains, iou, match
 from megavg.ops.point_text import parse_points
 from megavg.protocols.sample import Box, Completion, Sample
 from megavg.rewards.base import check_frame
@@ -20,17 +20,24 @@ GROUP_FIELDS = ("dataset", "split_by", "split", "platform", "data_type", "group"
 """Fields of a sample's meta that tables break figures down by; a row keeps those that the sample has."""
 
 
-def grounding_iou(predicted: Sequence[Box], truth: Sequence[Box]) -> float:
+def grounding_iou(predicted: Sequence[Box], truth: Sequence[Box], scores: Sequence[float | None] = ()) -> float:
     """Overlap of one answer with the truth, 0..1; both in the same frame.
 
-    With one true box only the FIRST predicted box counts, as in RefCOCO evaluation: answering many boxes must not
-    help. With several true boxes it is the reward's measure, the sum of matched IoUs over max(true, predicted).
+    With one true box only the FIRST answered box counts, whatever confidence it states, as in RefCOCO evaluation:
+    answering many boxes must not help. The reward ``iou`` takes the first by confidence that overlaps, and divides by
+    the number of boxes. With several true boxes it is that reward's measure: the boxes, by falling confidence where
+    every one states it and else in the order of the answer, are matched greedily, and the sum of matched IoUs is
+    divided by max(true, predicted).
+
+    Args:
+        scores: the confidence of each predicted box, None where it states none; empty means that none does.
     """
     if not predicted or not truth:
         return 0.0
     if len(truth) == 1:
         return iou(predicted[0], truth[0])
-    return sum(overlap for _, _, overlap in match(predicted, truth)) / max(len(truth), len(predicted))
+    ranked = [predicted[i] for i in by_confidence(scores)] if scores else predicted
+    return sum(overlap for _, _, overlap in match(ranked, truth)) / max(len(truth), len(predicted))
 
 
 def answer_row(sample: Sample, completion: Completion, keep: Sequence[str] = GROUP_FIELDS) -> dict:
@@ -46,7 +53,8 @@ def answer_row(sample: Sample, completion: Completion, keep: Sequence[str] = GRO
         could be read), correct, iou (0..1, 0 where no box was answered), predicted_boxes_px, true_boxes_px, and reason
         ("ok" or a few words to count). By task:
 
-        - rec: correct is IoU > 0.5; center_in_box (the first box's centre lies in a true box, edges included).
+        - rec: iou as :func:`grounding_iou` says; correct is IoU > 0.5; center_in_box (the first answered box's centre
+          lies in a true box, edges included).
         - point: predicted_points_px; correct, and center_in_box, when the first point lies in a true box, edges
           included; miss_px, its distance to the nearest true box, None without a point.
         - detection: predicted_labels and predicted_scores (one per box, None where not stated), true_labels, width,
@@ -83,7 +91,7 @@ def _read_boxes(completion: Completion) -> ParsedBoxes:
 def _rec(sample: Sample, completion: Completion) -> dict:
     answer = _read_boxes(completion)
     predicted, truth = answer.boxes_px, sample.boxes_xyxy_px
-    overlap = grounding_iou(predicted, truth)
+    overlap = grounding_iou(predicted, truth, answer.scores)
     reason = answer.reason
     if predicted:
         reason = "ok" if overlap > 0.5 else "low overlap" if overlap > 0 else "no overlap"
@@ -117,7 +125,8 @@ def _detection(sample: Sample, completion: Completion) -> dict:
     nothing = not predicted and says_none(completion.text)
     labels = [label and normal_name(label) for label in answer.labels]
     true_labels = [normal_name(label) for label in sample.labels]
-    found = _found(predicted, labels, truth, true_labels)
+    order = by_confidence(answer.scores)
+    found = _found([predicted[i] for i in order], [labels[i] for i in order], truth, true_labels)
     num_right = sum(overlap > 0.5 for overlap in found)
     whole = bool(predicted or nothing) and num_right == len(truth) == len(predicted)
     return {
@@ -129,7 +138,7 @@ def _detection(sample: Sample, completion: Completion) -> dict:
 
 
 def _found(predicted: Sequence[Box], labels: Sequence, truth: Sequence[Box], true_labels: Sequence) -> list[float]:
-    """IoU of every pair of equal labels, matched greedily in the order of the answer."""
+    """IoU of every pair of equal labels, matched greedily in the order of ``predicted``."""
     overlaps = []
     for name in dict.fromkeys(true_labels):
         ours = [box for box, label in zip(predicted, labels) if label == name]

@@ -9,7 +9,8 @@ from megavg.evaluation.figures import HEADLINES, figures, headline
 
 REFCOCO_SPLITS = (("refcoco", "val"), ("refcoco", "testA"), ("refcoco", "testB"), ("refcoco+", "val"),
                   ("refcoco+", "testA"), ("refcoco+", "testB"), ("refcocog", "val"), ("refcocog", "test"))
-"""The eight official evaluation splits; those of RefCOCOg are the UMD ones."""
+"""The eight official evaluation splits: UNC's of RefCOCO and RefCOCO+, UMD's of RefCOCOg."""
+_PARTITION = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 
 # in the order in which they are tried: ScreenSpot-Pro's records say all that those of ScreenSpot say
 _GROUPED_BY = {"refcoco": ("dataset", "split"), "screenspot_pro": ("group", "data_type"),
@@ -71,6 +72,8 @@ def _cell(part: dict, fields: Sequence[str]) -> dict:
 def benchmark_tables(rows: Sequence[dict], benchmark: str | None, group_by: Sequence[str]) -> dict:
     """What a set's result holds beside its figures: ``groups``, and ``screenspot`` where it applies."""
     fields = tuple(group_by) or _GROUPED_BY.get(benchmark, ())
+    if benchmark == "refcoco" and not group_by and any(row["meta"].get("split_by") for row in rows):
+        fields = ("dataset", "split_by", "split")  # val of google's partition is another set than val of UNC's
     tables: dict = {"groups": breakdown(rows, fields), "group_by": list(fields)} if fields else {}
     if benchmark in ("screenspot", "screenspot_pro"):
         tables["screenspot"] = screenspot(rows, _GROUPED_BY[benchmark][0])
@@ -91,12 +94,26 @@ def refcoco_columns(rows_of_set: Mapping[str, Sequence[dict]]) -> dict[tuple[str
     return {split: figures(list(found[split].values())) for split in REFCOCO_SPLITS if split in found}
 
 
+def refcoco_left_out(rows_of_set: Mapping[str, Sequence[dict]]) -> dict[str, int]:
+    """How many samples of RefCOCO, + or g of a run belong to no official split, by what they are; each counts once.
+
+    Those are training samples, Google's partitions, and records whose names are written in another way.
+    """
+    names: dict[str, set] = {}
+    for rows in rows_of_set.values():
+        for row in rows:
+            split = _official_split(row["meta"])
+            if row["task"] == "rec" and split[0].startswith("refcoco") and split not in REFCOCO_SPLITS:
+                names.setdefault(" ".join(split), set()).add((row["shard"], row["key"]))
+    return {name: len(names[name]) for name in sorted(names)}
+
+
 def _official_split(meta: Mapping) -> tuple[str, str]:
-    """(dataset, split) of a record as REFCOCO_SPLITS writes them; RefCOCOg's other partition is none of them."""
+    """(dataset, split) of a record as REFCOCO_SPLITS writes them; those of another partition are none of them."""
     name = str(meta.get("dataset", "")).lower().replace("_", "").replace("-", "").replace("plus", "+")
     partition = meta.get("split_by") or ""
-    return (f"{name} by {partition}" if name == "refcocog" and partition not in ("", "umd") else name,
-            str(meta.get("split", "")))
+    return (name if partition in ("", _PARTITION.get(name)) else f"{name} by {partition}",
+            str(meta.get("split") or "without a split"))
 
 
 def refcoco_markdown(columns: Mapping[tuple[str, str], dict]) -> str:

@@ -58,4 +58,6 @@ def _verdict(row: dict) -> str:
         return f"{len(row['predicted_boxes_px'])} boxes for {len(row['true_boxes_px'])}, IoU {row['iou']:.2f}"
     if row["task"] == "point":
         return "no point" if row["miss_px"] is None else "hit" if row["correct"] else f"{row['miss_px']:.0f} px off"
+    if len(row["true_boxes_px"]) > 1 and row["parsed"]:  # the boxes alone do not say in which order they count
+        return f"{len(row['predicted_boxes_px'])} boxes for {len(row['true_boxes_px'])}, IoU {row['iou']:.2f}"
     return ""

@@ -98,11 +98,7 @@ class Processor:
         self._check_text(text)
         for image in images:
             _check_image(image)
-        turn = {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}
-        rendered = self.tokenizer.apply_chat_template(
-            [turn], chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
-        )
-        ids = self._tokenize(rendered)
+        ids = self._tokenize(self.rendered(text, len(images)))
         if ids.count(self.image_token_id) != len(images):
             raise ValueError(f"the chat template of {self._folder} gives {ids.count(self.image_token_id)} image tokens "
                              f"({self._image_token}) for {len(images)} images; use the family's own template")
@@ -115,6 +111,13 @@ class Processor:
         frame = Frame(self.frame_kind, images[-1].width, images[-1].height, width * patch, height * patch)
         return EncodedPrompt(self._expand(ids, grids), torch.cat([part["pixel_values"] for part in patches]), grids,
                              frame)
+
+    def rendered(self, text: str, num_images: int = 1) -> str:
+        """One user turn of images and ``text`` in the checkpoint's chat template, as it is before it is tokenised."""
+        turn = {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
+        return self.tokenizer.apply_chat_template(
+            [turn], chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+        )
 
     @property
     def patch_dim(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from megavg.ops.box_formats import TOKENS, check_frame_kind
+from megavg.ops.box_scan import can_read_label
 from megavg.ops.box_text import format_boxes, round_box
 from megavg.ops.class_text import class_name, normal_name, says_none
 from megavg.ops.point_text import format_point
@@ -79,7 +80,8 @@ def _written(sample: Sample, frame: Frame, box_format: str) -> str:
 
 def _check_label(label: str, box_format: str) -> None:
     """A label that the parser could not read back would be learnt and never rewarded."""
-    if not label.strip() or len(label) > MAX_LABEL // 2:
-        raise ValueError(f"expected a label of 1 to {MAX_LABEL // 2} characters, got {label[:300]!r}")
+    if not normal_name(label) or not can_read_label(label):
+        raise ValueError(f"expected a label of 1 to {MAX_LABEL} characters besides quotes and a final stop, got "
+                         f"{label[:300]!r}; rename the class")
     if box_format == TOKENS and "<|" in label:
         raise ValueError(f"the label {label!r} holds '<|', which begins a control token; rename the class")

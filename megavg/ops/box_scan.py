@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Sequence
 
 from megavg.ops.box_formats import TOKENS
 from megavg.ops.boxes import is_degenerate
 from megavg.ops.number_text import number_fault, split_numbers
-from megavg.ops.text_parts import MAX_LABEL, answer_part
+from megavg.ops.text_parts import MAX_LABEL, STRING, answer_part, breaks_off, pair_breaks_off
 from megavg.protocols.sample import Box
 
 MAX_BOXES = 1000
@@ -27,14 +28,21 @@ LABEL_KEYS = ("label", "class", "class_name", "category", "name")
 SCORE_KEYS = ("score", "confidence")
 
 _NAMES = "|".join(sorted(LABEL_KEYS + SCORE_KEYS, key=len, reverse=True))
-_STRING = rf'"(?:[^"\\\n]|\\.){{0,{MAX_LABEL}}}"|' + rf"'(?:[^'\\\n]|\\.){{0,{MAX_LABEL}}}'"
-PAIR = rf"""["'](?P<key>{_NAMES})["']\s*:\s*(?:(?P<text>{_STRING})|(?P<number>[+-]?[0-9.][0-9.eE+-]{{0,64}}))"""
-_LIST = re.compile(r"\[(?P<list>[^\[\]{}]*)\]")
-_PAIR = re.compile(PAIR)
-_JSON_PIECE = re.compile(rf"{_LIST.pattern}|(?P<open>\{{+)|(?P<close>\}}+)|{PAIR}")
-_KEY_BEFORE = re.compile(r"""(\w+)["']?\s*:$""")
+_SHORT = rf'"(?:[^"\\\n]|\\.){{0,{MAX_LABEL}}}"|' + rf"'(?:[^'\\\n]|\\.){{0,{MAX_LABEL}}}'"
+_NUMBER = r"[+-]?[0-9.][0-9.eE+-]{0,64}"
+_PAIR = rf"""["'](?P<name>{_NAMES})["']\s*:\s*(?:(?P<text>{_SHORT})(?!\s*+:)|(?P<number>{_NUMBER}))"""
+_FLAT = r"\[[^\[\]{}:]*+\]"  # a key inside belongs to no list
+_VALUE = rf"{_FLAT}|\[\s*+{_FLAT}(?:\s*+,\s*+{_FLAT})*+\s*+\]"
+# What stands under another key is no box, be it a list, lists or a text.
+_OTHER = rf"""(?P<other>["']\w{{0,64}}+["']\s*+:\s*+(?:{_VALUE}|{STRING}(?!\s*+:)))"""
+_LIST = rf"(?P<list>{_FLAT})"
+_LABELLED = re.compile(_PAIR)
+_INNERMOST = re.compile(_FLAT)
+_OBJECTS = re.compile(r"\[\s*+\{")
+_LIST_KEYS = ("points", "coordinates")  # they may also name a list of objects, each with its own key
 _TOKEN_PIECE = re.compile(
     r"(?P<start><\|box_start\|>\s*)?\((?P<low>[^(),]*,[^(),]*)\)\s*,\s*\((?P<high>[^(),]*,[^(),]*)\)"
+    r"(?P<end>\s*<\|box_end\|>)?"
     rf"|<\|object_ref_start\|>(?P<ref>(?:(?!<\|).){{0,{MAX_LABEL}}})<\|object_ref_end\|>", re.DOTALL)
 
 
@@ -85,32 +93,75 @@ def read_boxes(text: str, box_format: str) -> tuple[list[tuple[Box, Beside]], st
 
 
 def json_candidates(text: str, keys: Sequence[str]) -> list[Candidate] | None:
-    """Every innermost list that stands under one of ``keys`` or under no key; None when there are too many."""
+    """Every list that stands under one of ``keys`` or under no key; None when there are too many.
+
+    Under a key stands one list without lists inside, or a list of such. A key in quotes with anything else after its
+    colon is a candidate without numbers, and so is an answer that breaks off: no parser takes it.
+    """
     candidates: list[Candidate] = []
     counts = {True: 0, False: 0}
-    objects, untracked = [Beside()], 0  # the first one stands for the text outside of all objects
+    objects = _Objects()
     # Where nothing has a label or score, nobody needs to know where objects begin and end.
-    for found in (_JSON_PIECE if _PAIR.search(text) else _LIST).finditer(text):
-        kind, piece = found.lastgroup, found.group()
-        if kind == "list":
-            key = _key_before(text, found.start(), keys)
-            if key is None:
-                continue
-            candidates.append(Candidate(found["list"], key, Beside() if untracked else objects[-1]))
-            counts[bool(key)] += 1
-            if counts[bool(key)] > MAX_BOXES:
-                return None
-        elif kind == "open":
-            new = min(len(piece), MAX_DEPTH - len(objects))
-            objects += [Beside() for _ in range(new)]
-            untracked += len(piece) - new
-        elif kind == "close":
-            ended = max(len(piece) - untracked, 0)
-            untracked = max(untracked - len(piece), 0)
-            del objects[max(len(objects) - ended, 1):]
-        elif len(objects) > 1 and not untracked:
-            _take_pair(objects[-1], found)
+    for found in _pieces(tuple(keys), bool(_LABELLED.search(text))).finditer(text):
+        lists = [found["list"]] if found["list"] else []
+        key = found["key"] or ""
+        if key:
+            lists = _INNERMOST.findall(found["value"] or "")
+            if not lists and not _is_no_value(text, found):
+                return [*candidates, Candidate("", key)]
+        elif found["other"]:
+            continue
+        elif not lists:
+            objects.read(found)
+        candidates += [Candidate(each[1:-1], key, objects.innermost()) for each in lists]
+        counts[bool(key)] += len(lists)
+        if counts[bool(key)] > MAX_BOXES:
+            return None
+    if candidates and breaks_off(text):
+        candidates.append(Candidate("", keys[0]))
     return candidates
+
+
+@lru_cache(maxsize=None)
+def _pieces(keys: tuple[str, ...], labelled: bool) -> re.Pattern:
+    names = "|".join(sorted(keys, key=len, reverse=True))
+    keyed = rf"""["']?\b(?P<key>{names})(?P<quote>["']?)\s*+:\s*+(?P<value>{_VALUE})?"""
+    if not labelled:
+        return re.compile(f"{keyed}|{_OTHER}|{_LIST}")
+    return re.compile(rf"{keyed}|{_PAIR}|{_OTHER}|{_LIST}|(?P<open>\{{+)|(?P<close>\}}+)")
+
+
+def _is_no_value(text: str, found: re.Match) -> bool:
+    """True where the name of a key is a word of the prose, or names a list of objects with keys of their own."""
+    if found["key"] in _LIST_KEYS and _OBJECTS.match(text, found.end()):
+        return True
+    return not found["quote"] and not text.startswith("[", found.end())
+
+
+class _Objects:
+    """The objects that are open at a place of the text, and what each says about its boxes."""
+
+    def __init__(self):
+        self.open = [Beside()]  # the first one stands for the text outside of all objects
+        self.untracked = 0
+
+    def innermost(self) -> Beside:
+        """What is said beside a list at this place; nothing in objects nested too deep."""
+        return Beside() if self.untracked else self.open[-1]
+
+    def read(self, found: re.Match) -> None:
+        """Go on over braces, or a label or score."""
+        piece = found.group()
+        if found.lastgroup == "open":
+            new = min(len(piece), MAX_DEPTH - len(self.open))
+            self.open += [Beside() for _ in range(new)]
+            self.untracked += len(piece) - new
+        elif found.lastgroup == "close":
+            ended = max(len(piece) - self.untracked, 0)
+            self.untracked = max(self.untracked - len(piece), 0)
+            del self.open[max(len(self.open) - ended, 1):]
+        elif len(self.open) > 1 and not self.untracked:
+            _take_pair(self.open[-1], found)
 
 
 def looks_like_box(numbers: str) -> bool:
@@ -141,28 +192,21 @@ def read_string(literal: str) -> str:
         return inner
 
 
+def can_read_label(label: str) -> bool:
+    """Whether the label, written as JSON, is short enough to be read back: escapes take several characters."""
+    return bool(_LABELLED.fullmatch(f'"label": {json.dumps(label, ensure_ascii=False)}'))
+
+
 def _take_pair(beside: Beside, found: re.Match) -> None:
-    if found["key"] in LABEL_KEYS:
+    if found["name"] in LABEL_KEYS:
         if found["text"]:
             beside.label = read_string(found["text"])
     elif found["number"] and number_fault(found["number"]) is None:
         beside.score = float(found["number"])
 
 
-def _key_before(text: str, start: int, keys: Sequence[str]) -> str | None:
-    """The one of ``keys`` that names the list at ``start``; "" where no key does, None for another key in quotes."""
-    # A window of fixed size keeps the look back at the key linear over the whole text.
-    before = text[max(0, start - 48):start].rstrip()
-    key = _KEY_BEFORE.search(before) if before.endswith(":") else None
-    if key is None:
-        return ""
-    if key.group(1) in keys:
-        return key.group(1)
-    return None if before[key.start() - 1:key.start()] in ('"', "'") else ""
-
-
 def _token_candidates(text: str) -> list[Candidate] | None:
-    """Every pair of corners; a box token without corners is malformed. None when there are too many."""
+    """Every pair of corners; a box token without corners and an end is malformed. None when there are too many."""
     candidates: list[Candidate] = []
     unfilled = text.count("<|box_start|>")
     beside = Beside()
@@ -171,11 +215,13 @@ def _token_candidates(text: str) -> list[Candidate] | None:
             beside = Beside(found["ref"])
             continue
         is_marked = found["start"] is not None
+        if is_marked and found["end"] is None:
+            continue
         unfilled -= is_marked
         candidates.append(Candidate(f"{found['low']},{found['high']}", "box_start" if is_marked else "", beside))
         if len(candidates) > 2 * MAX_BOXES:
             return None
-    if unfilled:
+    if unfilled or (candidates and pair_breaks_off(text)):
         candidates.append(Candidate("", "box_start"))
     return candidates if len(candidates) <= MAX_BOXES else None
 

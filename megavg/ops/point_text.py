@@ -58,7 +58,11 @@ def parse_points(text: str, frame: Frame, box_format: str) -> ParsedPoints:
     the JSON formats every list of two numbers under a ``point_2d``, ``point`` or ``coordinate`` key is a point; without
     such a key, the centre of every box under a ``bbox_2d`` or ``bbox`` key; without these, every bare list of two or
     four numbers; without these, every ``(x, y)`` or ``(x0, y0, x1, y1)`` in parentheses, as in ``click(x=1, y=2)``. For
-    the token format every ``(x,y)`` or ``(x0,y0),(x1,y1)`` after ``<|box_start|>``; without that token, every one.
+    the token format every ``(x,y)`` or ``(x0,y0),(x1,y1)`` after ``<|box_start|>``; without that token, every one. Two
+    corners in this form are one box in the JSON formats too.
+
+    One malformed point or box rejects the answer, and so does one that breaks off, as in
+    :func:`megavg.ops.box_text.parse_boxes`.
 
     Raises:
         ValueError: an unknown format, or a frame of another family: mistakes of the caller.

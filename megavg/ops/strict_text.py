@@ -12,9 +12,9 @@ from megavg.ops.text_parts import inside_wrapper, without_fence
 from megavg.protocols.plugin import nearest
 from megavg.protocols.sample import TASKS
 
-_NUMBER = r"-?[0-9]{1,7}(?:\.[0-9]{1,6})?"
-_LABEL = r'"label"\s*:\s*"(?:[^"\\]|\\.)*"'
-_SCORE = r'"(?:score|confidence)"\s*:\s*[0-9]{1,7}(?:\.[0-9]{1,20})?'
+_NUMBER = r"-?(?:0|[1-9][0-9]{0,6})(?:\.[0-9]{1,6})?"
+_LABEL = r'"label"\s*:\s*"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'
+_SCORE = r'"(?:score|confidence)"\s*:\s*(?:0|[1-9][0-9]{0,6})(?:\.[0-9]{1,20})?'
 
 
 def _numbers(count: int) -> str:
@@ -34,14 +34,21 @@ def _objects(key: str, count: int, label: str = "?") -> str:
 _CORNER = rf"\({_NUMBER},\s?{_NUMBER}\)"
 _TOKEN_BOX = rf"<\|box_start\|>{_CORNER},\s?{_CORNER}<\|box_end\|>"
 _REFERENCE = r"<\|object_ref_start\|>(?:(?!<\|).){1,200}<\|object_ref_end\|>"
-_CLASS_OBJECT = re.compile(rf"\{{\s*{_LABEL}\s*\}}")
+_CLASS_OBJECT = rf"\{{\s*{_LABEL}\s*\}}"
 _TAG = re.compile(r"</?(?:think|answer)>")
 _JSON_FORMS = {"rec": _objects("bbox_2d", 4), "point": _objects("point_2d", 2),
                "detection": _objects("bbox_2d", 4, label="!") + "|None"}
 _TOKEN_FORMS = {"rec": rf"(?:{_TOKEN_BOX})+", "point": rf"(?:<\|box_start\|>{_CORNER}<\|box_end\|>)+",
                 "detection": rf"(?:{_REFERENCE}(?:{_TOKEN_BOX})+\s?)+|None"}
-_FORMS = {is_tokens: {task: re.compile(form) for task, form in forms.items()}
+
+
+def _compiled(form: str) -> re.Pattern:
+    return re.compile(form.replace(r"\s", r"[ \t\n\r]"))  # the blanks of JSON
+
+
+_FORMS = {is_tokens: {task: _compiled(form) for task, form in forms.items()}
           for is_tokens, forms in ((True, _TOKEN_FORMS), (False, _JSON_FORMS))}
+_CLASS_FORM = _compiled(_CLASS_OBJECT)
 
 
 def strict_format(text: str, box_format: str, thinking: bool | None = None, task: str = "rec") -> str | None:
@@ -99,5 +106,5 @@ def _class_fault(body: str) -> str | None:
     if not class_name(body):
         return "no class"
     if body.startswith(("{", "[")):
-        return None if _CLASS_OBJECT.fullmatch(body) else "text around the class"
+        return None if _CLASS_FORM.fullmatch(body) else "text around the class"
     return "text around the class" if "\n" in body or _TAG.search(body) else None

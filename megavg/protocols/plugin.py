@@ -37,16 +37,12 @@ def load_module(package: str, name: str, option: str) -> ModuleType:
         option: the configuration key that held the name; every error names it.
 
     Raises:
-        ValueError: there is no such plug-in, module or file, or the file fails while it is loaded.
+        ValueError: there is no such plug-in, module or file, or it fails (or ends the program) while it is loaded.
     """
     if name.endswith(".py"):
         return _load_file(name, option)
     if "." in name:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{option}={name!r}: cannot import module {error.name!r}; "
-                             "is its folder on PYTHONPATH?") from error
+        return _load_dotted(name, option)
     known = names_in(package)
     if name not in known:
         raise ValueError(f"{option}={name!r} does not exist{nearest(name, known)}")
@@ -56,6 +52,20 @@ def load_module(package: str, name: str, option: str) -> ModuleType:
 def short_name(name: str) -> str:
     """How a plug-in is called in metrics: of a file, its name without folder and ".py"; else its name as it is."""
     return Path(name).stem if name.endswith(".py") else name
+
+
+def _load_dotted(name: str, option: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{option}={name!r}: expected a dotted name such as my_package.my_reward, or the path of a "
+                         "file ending in .py")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{option}={name!r}: cannot import module {error.name!r}; "
+                         "is its folder on PYTHONPATH?") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{option}={name!r}: the module {name} fails while it is loaded: "
+                         f"{type(error).__name__}: {error}") from error
 
 
 def _load_file(name: str, option: str) -> ModuleType:
@@ -73,7 +83,7 @@ def _load_file(name: str, option: str) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses and pickle look their module up while it is loaded
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ValueError(f"{option}={name!r}: the file {path} fails while it is loaded: "
                          f"{type(error).__name__}: {error}") from error

@@ -4,7 +4,8 @@ The contract, which ``tests/rewards/test_rewards.py`` puts to every file of this
 
 - A reward is a module with a function ``reward(completion, sample, *, options...) -> RewardResult``. Options are
   keyword-only, typed and have defaults; the loader checks the configuration against them.
-- The score is finite, 0..1, and 0 for an empty or unparseable answer. The reason is a few words that can be counted.
+- The score is 0..1 (a penalty is a negative weight), and 0 for an empty or unparseable answer. The reason is a few
+  words that can be counted.
 - It never raises because of what the model wrote, and never evaluates it.
 - A module may also hold ``check_options(**options)``, called once at start-up, that raises ValueError on a bad value.
 
@@ -26,10 +27,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import numbers
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from megavg.protocols.plugin import load_module, nearest, short_name
 from megavg.protocols.sample import TASKS, Completion, Reward, RewardResult, Sample
@@ -87,8 +89,8 @@ def score(
     """Score one answer with every term: the weighted sum, and each term's own unweighted result by name.
 
     Raises:
-        ValueError: a term returned something else than a RewardResult with a finite score, or the completion's frame
-            was made for an image of another size.
+        ValueError: a term failed, or returned something else than a RewardResult with a score in 0..1 and a reason; or
+            the completion's frame was made for an image of another size.
     """
     check_frame(completion, sample)
     results = {}
@@ -96,12 +98,24 @@ def score(
         if term.tasks and sample.task not in term.tasks:
             results[term.name] = OTHER_TASK
             continue
-        result = term.function(completion, sample, **term.options)
-        if not isinstance(result, RewardResult) or not math.isfinite(result.score) or not result.reason:
-            raise ValueError(f"reward {term.name!r} on sample {sample.key!r}: expected a RewardResult with a finite "
-                             f"score and a reason, got {result!r}")
-        results[term.name] = result
+        results[term.name] = _result(term, completion, sample)
     return math.fsum(term.weight * results[term.name].score for term in terms), results
+
+
+def _result(term: Term, completion: Completion, sample: Sample) -> RewardResult:
+    """What one term gives; ValueError names the term and the sample where it fails or breaks the contract."""
+    where = f"reward {term.name!r} on sample {sample.key!r}"
+    try:
+        result = term.function(completion, sample, **term.options)
+    except Exception as error:
+        raise ValueError(f"{where}: {type(error).__name__}: {error}; a reward may not fail on any text") from error
+    if not isinstance(result, RewardResult) or not isinstance(result.reason, str) or not result.reason:
+        raise ValueError(f"{where}: expected a RewardResult with a score and a reason, got {result!r}")
+    # A rounding error beyond 1 is none of the author's mistakes; NaN fails both comparisons.
+    if not isinstance(result.score, numbers.Real) or not -1e-9 <= result.score <= 1 + 1e-9:
+        raise ValueError(f"{where}: expected a score in 0..1, got {result.score!r}; scale it in the reward, and use "
+                         "its weight in the configuration for a larger share or, below 0, a penalty")
+    return result
 
 
 def check_frame(completion: Completion, sample: Sample) -> None:
@@ -125,18 +139,32 @@ def _load_term(entry: Mapping[str, Any], where: str) -> Term:
     module = load_module("megavg.rewards", name, f"{where}.name")
     function = getattr(module, "reward", None)
     if not callable(function):
-        raise ValueError(f"{where}.name={name!r}: {module.__file__ or module.__name__} holds no function named reward")
+        file = getattr(module, "__file__", None) or module.__name__
+        raise ValueError(f"{where}.name={name!r}: {file} holds no function named reward")
     _check_options(function, options, f"{where} ({name})")
     if hasattr(module, "check_options"):
-        module.check_options(**options)
+        _call_check(module.check_options, options, f"{where} ({name})")
     return Term(short_name(name), float(weight), function, options, tuple(tasks))
 
 
+def _call_check(check_options: Callable, options: dict, where: str) -> None:
+    try:
+        check_options(**options)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{where}: check_options fails: {type(error).__name__}: {error}") from error
+
+
 def _check_options(function: Reward, options: dict, where: str) -> None:
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        hints = typing.get_type_hints(function)
+    except Exception as error:  # annotations may be any expression
+        raise ValueError(f"{where}: the annotations of reward cannot be read ({type(error).__name__}: {error}); import "
+                         "what they name where it is also there at run time, not under TYPE_CHECKING") from error
     known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    hints = typing.get_type_hints(function)
     for key, value in options.items():
         if key not in known:
             if takes_any:

@@ -9,19 +9,33 @@ from typing import Sequence
 import torch
 
 from megavg.algorithms.base import Algorithm
+from megavg.data.batches import BatchSource
+from megavg.data.mixture import Mixture
 from megavg.data.shards import PromptSource
 from megavg.parallel.context import ParallelContext
 from megavg.protocols.batch import EncodedPrompt
+from megavg.protocols.options import LabelNoise
 from megavg.protocols.policy import Answer
 from megavg.protocols.sample import Sample
 from megavg.rewards.base import Term
 from megavg.trainer.bad_data import told_to_all
-from megavg.trainer.config import RunConfig
+from megavg.trainer.config import DataConfig, RunConfig
 from megavg.trainer.explorer import PolicyExplorer
 from megavg.trainer.metrics import PhaseClock
 from megavg.trainer.policy import Policy
-from megavg.trainer.rollouts import Judgement, Rollouts, encode, judge
+from megavg.trainer.prompt_log import PromptLog
+from megavg.trainer.rollouts import Judgement, Rollouts, encode, judge, written_answers
 from megavg.trainer.step import MicroBatcher
+
+
+def make_source(data: DataConfig, batch_size: int, seed: int, context: ParallelContext,
+                noise: LabelNoise) -> BatchSource:
+    """The training data of a configuration, as this data-parallel rank reads it."""
+    sources = {name: (source.shards, source.weight) for name, source in data.sources().items()}
+    return (Mixture if sources else PromptSource)(
+        sources or data.shards, batch_size, seed, context.dp_rank, context.dp_size, data.shuffle_buffer, data.on_error,
+        data.max_skipped, noise=noise, shuffle_bytes=data.shuffle_bytes, num_workers=data.num_workers,
+        prefetch_batches=data.prefetch_batches, agree=context.gather_rows if context.dp_size > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -53,19 +67,28 @@ class Collector:
         metrics: of the last batch, where groups may be drawn anew.
     """
 
-    def __init__(self, policy: Policy, source: PromptSource, algorithm: Algorithm, rewards: Sequence[Term],
-                 config: RunConfig, context: ParallelContext, batcher: MicroBatcher, clock: PhaseClock):
+    def __init__(self, policy: Policy, source: BatchSource, algorithm: Algorithm, rewards: Sequence[Term],
+                 config: RunConfig, context: ParallelContext, batcher: MicroBatcher, clock: PhaseClock,
+                 prompts: PromptLog):
         self.policy, self.source, self.algorithm, self.rewards = policy, source, algorithm, rewards
         self.config, self.context, self.batcher, self.clock = config, context, batcher, clock
+        self._prompts = prompts
         self.metrics: dict[str, float] = {}
 
     def prompts(self) -> tuple[list[Sample], list[EncodedPrompt]]:
         """This rank's share of the next batch of prompts."""
         with told_to_all(self.context):
             samples = self.source.next_batch()
-            prompts = encode(samples, self.policy.processor, self.config.data.question)
+            prompts = encode(samples, self.policy.processor, self._prompts.question)
+        self._prompts.tell(samples)
         self.clock.lap("data")
         return samples, prompts
+
+    def written(self) -> Rollouts:
+        """The true answers to this rank's share of the next batch: what supervised fine-tuning learns."""
+        samples, prompts = self.prompts()
+        with told_to_all(self.context):
+            return written_answers(samples, prompts, self.policy.processor, self.config.data.thinking)
 
     def collect(self, step: int, progress: float) -> tuple[Rollouts, Judgement]:
         """G judged answers to each of this rank's prompts."""

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megavg.data.prompts import check_text, check_texts
+from megavg.ops.box_formats import BOX_FORMATS
 from megavg.protocols.config import ConfigError, apply_overrides, build, read_yaml, to_tree
 from megavg.protocols.options import HeadOptions, LabelNoise, OptimizerConfig, SamplingParams, StageOptions, ZeroConfig
 from megavg.protocols.plugin import load_module, nearest
+from megavg.protocols.sample import TASKS
 
 
 def _at_least(section, least: int, *names: str) -> None:
@@ -32,6 +35,9 @@ class ModelConfig:
         path: Hugging Face checkpoint directory of a Qwen-VL model.
         dtype: of parameters and activations; optimiser state is fp32 either way.
         min_pixels, max_pixels: limits of an image after the resize; None takes the checkpoint's own.
+        box_format: how answers write boxes and points, and in which frame of coordinates, for a model that was
+            fine-tuned to another than its family's: json_relative_1000, json_resized_px or tokens_relative_1000
+            (``megavg.ops.box_formats``). Empty takes the family's own.
         freeze_vision_tower: train all but the vision tower's blocks and patch embedding.
         freeze_projector: do not train what maps vision features to the decoder's width (the mergers).
     """
@@ -40,8 +46,13 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    box_format: str = ""
     freeze_vision_tower: bool = False
     freeze_projector: bool = False
+
+    def __post_init__(self):
+        if self.box_format and self.box_format not in BOX_FORMATS:
+            raise ValueError(f"box_format={self.box_format!r} does not exist{nearest(self.box_format, BOX_FORMATS)}")
 
 
 @dataclass(frozen=True)
@@ -77,38 +88,85 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class MixtureSource:
+    """One source of ``data.mixture``: its shards, and its weight beside the others'."""
+
+    shards: list[str]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Training prompts.
 
     Attributes:
-        shards: webdataset tars: paths, globs, brace ranges or folders.
+        shards: webdataset tars: paths, globs, brace ranges, folders, http(s) URLs, or ``pipe:COMMAND``, whose command
+            the shell of every process runs: take such lists only from people you trust. URLs are fetched by every
+            process.
+        mixture: instead of shards: name -> {shards: [...], weight: 2.0}. The source of each sample is drawn by weight.
         prompts_per_step: P of the whole optimiser batch, over all ranks.
-        prompt: the question; ``{expression}`` is replaced by the sample's.
+        prompt: one question for every sample; ``{expression}`` is replaced by the sample's. Empty asks with the
+            family's own text for the sample's task, from megavg/data/prompt_texts.
+        prompts: task (rec, point, detection, classification) -> a text to ask with instead.
+        prompts_file: YAML file of such texts, as those in megavg/data/prompt_texts; the family's own fill in.
+        thinking: take the texts that ask for thoughts before the answer. Supervised fine-tuning then needs a "thought"
+            in every record.
+        check_frame: before training, let the starting model answer on some known boxes, and ``stop`` or ``warn`` where
+            its numbers fit far better in another frame of coordinates, or its answers do not parse; or ``off``.
+        check_frame_samples: how many known boxes.
         shuffle_buffer: records held to shuffle among.
         on_error: ``raise`` on a broken record, or ``skip`` and count it.
         max_skipped: more skipped records than this end the run.
+        shuffle_bytes: of records that come from URLs, at most so many bytes are held to shuffle among, by each process
+            and source; 0 sets no limit.
+        num_workers: processes that decode pictures ahead, for each training process; 0 decodes as they are needed.
+        prefetch_batches: batches of prompts that they are ahead; their pictures are held decoded.
         noise: wrong labels for a share of the training samples; none by default, never in evaluation.
     """
 
-    shards: list[str]
+    shards: list[str] = field(default_factory=list)
+    mixture: dict = field(default_factory=dict)
     prompts_per_step: int = 16
-    prompt: str = 'Locate {expression} in the image. Answer with JSON: {{"bbox_2d": [x1, y1, x2, y2]}}.'
+    prompt: str = ""
+    prompts: dict = field(default_factory=dict)
+    prompts_file: str = ""
+    thinking: bool = False
+    check_frame: Literal["stop", "warn", "off"] = "stop"
+    check_frame_samples: int = 8
     shuffle_buffer: int = 1000
     on_error: Literal["raise", "skip"] = "raise"
     max_skipped: int = 100
+    shuffle_bytes: int = 256 << 20
+    num_workers: int = 0
+    prefetch_batches: int = 2
     noise: LabelNoise = field(default_factory=LabelNoise)
 
     def __post_init__(self):
-        try:
-            if "EXPRESSION" not in self.prompt.format(expression="EXPRESSION"):
-                raise ValueError("it does not hold {expression}")
-        except (KeyError, IndexError, AttributeError, ValueError) as error:
-            raise ValueError(f"prompt={self.prompt!r} cannot be filled in ({error}); write {{expression}} where the "
-                             "expression goes and double every other brace") from error
+        if self.prompt:
+            check_text(self.prompt, "prompt")
+        check_texts(self.prompts, TASKS, "prompts")
+        _at_least(self, 4, "check_frame_samples")
+        _at_least(self, 0, "shuffle_bytes", "num_workers")
+        _at_least(self, 1, "prefetch_batches", "shuffle_buffer")
+        if bool(self.shards) == bool(self.mixture):
+            raise ConfigError("data: give either data.shards (a list) or data.mixture (name -> {shards: [...], weight: "
+                              f"1.0}}), {'not both' if self.shards else 'one of them must not be empty'}")
+        self.sources()
 
-    def question(self, expression: str) -> str:
-        """The text that goes with the image."""
-        return self.prompt.format(expression=expression)
+    def sources(self) -> dict[str, MixtureSource]:
+        """The sources of the mixture by name; empty where there is none."""
+        sources = {}
+        for name, tree in self.mixture.items():
+            if not re.fullmatch(r"[\w.-]+", str(name)):
+                raise ConfigError(f"data.mixture: the name {name!r} may only hold letters, digits, '_', '-' and '.'")
+            source = sources[str(name)] = build(MixtureSource, tree, f"data.mixture.{name}")
+            if not source.shards or not 0 < source.weight < float("inf"):
+                raise ConfigError(f"data.mixture.{name}: expected one or more shards and a weight above 0, got {tree}")
+        return sources
+
+    def all_shards(self) -> list[str]:
+        """The patterns of all training shards."""
+        return [*self.shards, *(pattern for source in self.sources().values() for pattern in source.shards)]
 
 
 @dataclass(frozen=True)
@@ -138,8 +196,8 @@ class EvaluationConfig:
         every: evaluate every so many steps; 0 never.
         limit: at most so many samples of each set; 0 takes all.
         pictures: samples drawn in the picture of each set.
-        stop_at: name of a set -> Acc@0.5 at which the training has reached its goal; it ends early when an evaluation
-            finds all of them reached.
+        stop_at: name of a set -> Acc@0.5 (for points and classes the accuracy, for detection mAP) at which the
+            training has reached its goal; it ends early when an evaluation finds all of them reached.
     """
 
     sets: dict = field(default_factory=dict)
@@ -275,6 +333,8 @@ def resolve(tree: dict) -> RunConfig:
                 raise ConfigError(f"unknown section {key}{nearest(str(key), sections | {'algorithm'})}")
         config = build(RunConfig, {**tree, "algorithm_name": algorithm["name"], "algorithm": options})
         load_rewards(config.rewards)
+        if cls.uses_rollouts:
+            _check_format_reward(config)
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     try:
@@ -285,6 +345,14 @@ def resolve(tree: dict) -> RunConfig:
         raise ConfigError(f"rollout.group_size={config.rollout.group_size}: {algorithm['name']} compares answers to "
                           "one prompt and needs at least 2")
     return config
+
+
+def _check_format_reward(config: RunConfig) -> None:
+    """Refuse a format reward that forbids the thoughts which the prompts ask for: it would be 0 for ever."""
+    for place, entry in enumerate(config.rewards):
+        if config.data.thinking and entry["name"] == "format" and not entry.get("thinking", False):
+            raise ValueError(f"rewards[{place}] (format): data.thinking=true asks for thoughts, which this reward "
+                             "forbids; give it thinking: true")
 
 
 def parse_command_line(argv: list[str] | None = None) -> RunConfig:

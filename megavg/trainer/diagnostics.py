@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from megavg.evaluation.heat_map import heat_map_html
+from megavg.evaluation.worst import answer_tile
 from megavg.protocols.batch import PolicySignal, RolloutBatch, TokenScores
-from megavg.trainer.evaluator import answer_tile
 from megavg.trainer.rollouts import Judgement, Rollouts
 from megavg.trainer.run_log import RunLog
 from megavg.trainer.token_kinds import NAMES, TokenKinds

@@ -75,21 +75,29 @@ def rollout_metrics(batch: RolloutBatch, stats: TokenScores, rollouts: Rollouts,
 
 
 def judgement_metrics(judgement: Judgement, context: ParallelContext) -> dict:
-    """Mean rewards, IoU and the share that parses, and the reasons for the rewards, over all ranks."""
+    """Mean rewards, IoU and the share that parses, and the reasons for the rewards, over all ranks.
+
+    ``reward/<name>`` is the mean over the answers that this reward judged, which its ``tasks`` may restrict; a reward
+    that judged none of this batch has none.
+    """
     parts = context.gather_rows([{
         "count": len(judgement.rewards), "reward": sum(judgement.rewards),
         "iou": sum(row["iou"] for row in judgement.rows), "parsed": sum(row["parsed"] for row in judgement.rows),
-        "terms": {name: mean * len(judgement.rewards) for name, mean in judgement.term_means.items()},
+        "terms": judgement.term_totals,
         "reasons": dict(judgement.reasons)}])
     count = sum(part["count"] for part in parts)
     reasons: dict[str, int] = {}
+    terms: dict[str, tuple[float, int]] = {}
     for part in parts:
         for reason, number in part["reasons"].items():
             reasons[reason] = reasons.get(reason, 0) + number
+        for name, (total, judged) in part["terms"].items():
+            before = terms.get(name, (0.0, 0))
+            terms[name] = before[0] + total, before[1] + judged
     return {
         "reward/mean": sum(part["reward"] for part in parts) / count,
         "iou/mean": sum(part["iou"] for part in parts) / count,
         "reward/parse_rate": sum(part["parsed"] for part in parts) / count,
-        **{f"reward/{name}": sum(part["terms"][name] for part in parts) / count for name in judgement.term_means},
+        **{f"reward/{name}": total / judged for name, (total, judged) in terms.items() if judged},
         "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
     }

@@ -10,9 +10,8 @@ import torch.distributed as dist
 
 from megavg.checkpoint.export import hf_tensors
 from megavg.checkpoint.hf import write_checkpoint
-from megavg.models.base import DTYPES, check_sequence_parallel, copy_weights, load_model
-from megavg.models.inputs import InputBuilder, scatter_rows
-from megavg.models.processor import Processor
+from megavg.models.base import check_sequence_parallel, copy_weights, load_model
+from megavg.models.inputs import scatter_rows
 from megavg.parallel.apex import has_nvidia_apex
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.engine import MicroBatchLoss, ZeroEngine
@@ -21,11 +20,12 @@ from megavg.parallel.zero import check_deepspeed
 from megavg.protocols.batch import EncodedPrompt, ModelInputs, PerturbedScores, TokenScores
 from megavg.protocols.options import OptimizerConfig, StageOptions, ZeroConfig
 from megavg.rollout.native import NativeGenerator
+from megavg.trainer.answering import Answering
 from megavg.trainer.bad_data import told_to_all
 from megavg.trainer.config import ModelConfig
 
 
-class Policy:
+class Policy(Answering):
     """Owns every copy of the model.
 
     Args:
@@ -35,16 +35,9 @@ class Policy:
 
     def __init__(self, config: ModelConfig, optimizer: OptimizerConfig, zero: ZeroConfig, context: ParallelContext,
                  with_reference: bool, prompts_per_pass: int, options: StageOptions = StageOptions()):
-        self.context, self.dtype = context, DTYPES[config.dtype]
-        self.model = load_model(config.path, options)
+        self.context, self.model = context, load_model(config.path, options)
         self._check(optimizer, zero, options)
-        self.processor = Processor.from_pretrained(config.path, self.model.spec.box_format, config.min_pixels,
-                                                   config.max_pixels)
-        self.builder = InputBuilder(self.processor.image_token_id, self.processor.pad_token_id,
-                                    self.model.config.vision_config.spatial_merge_size, self.processor.patch_dim,
-                                    self.dtype, context.device, with_images=context.is_first_stage)
-        self.generator = NativeGenerator(self.model, self.builder, context, self.dtype, self.processor.end_token_ids,
-                                         self.processor.forbidden_token_ids, prompts_per_pass)
+        super().__init__(self.model, config, context, prompts_per_pass)
         self.engine = self._engine(zero, optimizer)
         self.reference = self._engine(zero, None) if with_reference else None
         self._copy_is_current = False

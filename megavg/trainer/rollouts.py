@@ -8,13 +8,13 @@ from typing import Callable, Sequence
 
 import torch
 
-from megavg.evaluation.grounding import GroundingScores
+from megavg.evaluation.rows import answer_row
 from megavg.models.processor import Processor
-from megavg.ops.box_text import format_boxes
+from megavg.ops.answer_text import format_answer
 from megavg.parallel.context import ParallelContext
 from megavg.protocols.batch import DIGITS, EncodedPrompt, RolloutBatch
-from megavg.protocols.sample import Completion, RewardResult, Sample
-from megavg.rewards.base import Term, score
+from megavg.protocols.sample import Completion, Frame, RewardResult, Sample
+from megavg.rewards.base import OTHER_TASK, Term, score
 from megavg.trainer.token_kinds import TokenKinds
 
 
@@ -60,22 +60,49 @@ class Rollouts:
         return [len(self.prompts[p].input_ids) + len(r) for p, r in zip(self.prompt_of_row, self.responses)]
 
 
-def encode(samples: Sequence[Sample], processor: Processor, question: Callable[[str], str]) -> list[EncodedPrompt]:
+def encode(samples: Sequence[Sample], processor: Processor, question: Callable[[Sample], str]) -> list[EncodedPrompt]:
     """One prompt per sample; an error names the sample."""
     prompts = []
     for sample in samples:
         try:
-            prompts.append(processor.encode_prompt(sample.image, question(sample.expression)))
+            prompts.append(processor.encode_prompt(sample.image, question(sample)))
         except ValueError as error:
             raise ValueError(f"{sample.shard}: sample {sample.key}: {error}") from error
     return prompts
 
 
-def written_answers(samples: list[Sample], prompts: list[EncodedPrompt], processor: Processor) -> Rollouts:
-    """The true boxes as text in the family's own frame: what supervised fine-tuning learns."""
-    responses = [processor.encode_answer(format_boxes(sample.boxes_xyxy_px, prompt.frame, processor.box_format))
+def written_answers(samples: list[Sample], prompts: list[EncodedPrompt], processor: Processor,
+                    thinking: bool = False) -> Rollouts:
+    """The true answers as text in the family's own frame: what supervised fine-tuning learns.
+
+    Args:
+        thinking: write each as ``<think>...</think><answer>...</answer>`` with the record's own "thought".
+
+    Raises:
+        ValueError: naming the sample, where its answer cannot be written or its thought is missing.
+    """
+    responses = [processor.encode_answer(_written(sample, prompt.frame, processor.box_format, thinking))
                  for sample, prompt in zip(samples, prompts)]
     return Rollouts(samples, prompts, responses, [False] * len(samples), group_size=1)
+
+
+def _written(sample: Sample, frame: Frame, box_format: str, thinking: bool) -> str:
+    answer = format_answer(sample, frame, box_format)
+    return f"<think>{thought_of(sample)}</think><answer>{answer}</answer>" if thinking else answer
+
+
+def thought_of(sample: Sample) -> str:
+    """The "thought" of a record, which supervised fine-tuning learns beside the answer.
+
+    Raises:
+        ValueError: naming the sample, where it has none.
+    """
+    thought = sample.meta.get("thought")
+    if not isinstance(thought, str) or not thought.strip():
+        raise ValueError(f"{sample.shard}: sample {sample.key!r} has no \"thought\", which supervised fine-tuning with "
+                         "data.thinking=true learns beside the answer; put one into every record, or set "
+                         "data.thinking=false")
+    return thought
 
 
 def completions(rollouts: Rollouts, processor: Processor) -> list[Completion]:
@@ -110,25 +137,27 @@ class Judgement:
                    [r for part in parts for r in part.results])
 
     @property
-    def term_means(self) -> dict[str, float]:
-        """Mean unweighted score of each reward."""
+    def term_totals(self) -> dict[str, tuple[float, int]]:
+        """(sum of the unweighted scores, number of answers) of each reward, over the answers that it judged."""
         names = self.results[0] if self.results else ()
-        return {name: sum(result[name].score for result in self.results) / len(self.results) for name in names}
+        judged = {name: [result[name].score for result in self.results if result[name] != OTHER_TASK] for name in names}
+        return {name: (sum(scores), len(scores)) for name, scores in judged.items()}
 
     @property
     def reasons(self) -> Counter:
-        """How often each reward gave each reason."""
-        return Counter(f"{name}: {result.reason}" for results in self.results for name, result in results.items())
+        """How often each reward gave each reason, without the answers whose task it does not judge."""
+        return Counter(f"{name}: {result.reason}" for results in self.results for name, result in results.items()
+                       if result != OTHER_TASK)
 
 
 def judge(rollouts: Rollouts, processor: Processor, terms: Sequence[Term]) -> Judgement:
-    """Reward every answer, and look at its boxes as the evaluation does."""
+    """Reward every answer, and look at it as the evaluation does."""
     rewards, rows, results = [], [], []
     for p, completion in zip(rollouts.prompt_of_row, completions(rollouts, processor)):
         sample = rollouts.samples[p]
         total, by_name = score(completion, sample, terms)
         rewards.append(total)
-        rows.append(GroundingScores().add(sample, completion))
+        rows.append(answer_row(sample, completion))
         results.append(by_name)
     return Judgement(rewards, rows, results)
 

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megavg.trainer.reason_table import ReasonTable
+
 _SHOWN = ("loss", "reward/mean", "iou/mean", "entropy/mean", "eval/acc", "tokens_per_second")
 _SHORT = {"reward/mean": "reward", "iou/mean": "IoU", "entropy/mean": "entropy", "tokens_per_second": "tok/s"}
 
 
 # everything a run puts into its folder; replacing a run removes these and nothing else
-WRITTEN = ("config.yaml", "deepspeed_config.json", "run.json", "metrics.jsonl", "tensorboard", "pictures", "heat_maps",
-           "evaluation", "checkpoints", "hf")
+WRITTEN = ("config.yaml", "prompts.yaml", "deepspeed_config.json", "run.json", "metrics.jsonl", "tensorboard",
+           "pictures", "heat_maps", "evaluation", "checkpoints", "hf")
 
 
 def remove_run(folder: Path) -> None:
@@ -43,6 +45,7 @@ class RunLog:
         self._board = self._progress = None
         self._start_step = start_step
         self._first: tuple[int, float] | None = None  # step and time of the first report
+        self._reasons = ReasonTable()
         if not is_writer:
             return
         path = self.folder / "metrics.jsonl"
@@ -61,9 +64,14 @@ class RunLog:
             print(f"[megavg] {text}", flush=True)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl and send its numbers to TensorBoard; ``step`` counts from 1."""
+        """Append one line to metrics.jsonl and send its numbers to TensorBoard; ``step`` counts from 1.
+
+        The counts under "reasons" are kept for the table that :meth:`progress` shows.
+        """
         if not self.is_writer:
             return
+        if "reasons" in values:
+            self._reasons.add(values["reasons"])
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         if self._board is not None:
@@ -72,7 +80,7 @@ class RunLog:
                     self._board.add_scalar(name, value, step)
 
     def progress(self, step: int, values: dict[str, Any]) -> None:
-        """Show where the training is: a bar on a terminal, a line now and then elsewhere."""
+        """Show where the training is, a bar on a terminal, a line now and then elsewhere; and why answers scored."""
         if not self.is_writer:
             return
         self._first = self._first or (step, time.monotonic())
@@ -81,6 +89,17 @@ class RunLog:
             self._progress.update(self._progress.task_ids[0], completed=step, figures=shown)
         elif step % self.log_every == 0 or step in (self._start_step + 1, self.num_steps):
             self.say(f"step {step}/{self.num_steps}  {shown}{self._time_left(step)}")
+        if step % self.log_every == 0 or step == self.num_steps:
+            self._show_reasons(step)
+
+    def _show_reasons(self, step: int) -> None:
+        table = self._reasons.take()
+        if table is None:
+            return
+        for line in table.lines():
+            self.say(line)
+        if self._board is not None:
+            self._board.add_text("reasons", table.markdown(), step)
 
     def _time_left(self, step: int) -> str:
         done = step - self._first[0]

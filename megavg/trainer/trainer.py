@@ -12,22 +12,27 @@ import torch
 import torch.distributed as dist
 
 from megavg.checkpoint.train_state import checkpoints, read_train_state, save_train_state
-from megavg.data.shards import PromptSource, expand_shards
+from megavg.data.prompts import Prompts
+from megavg.data.shards import expand_shards
 from megavg.evaluation.draw import panel
+from megavg.evaluation.figures import headline, summary
+from megavg.evaluation.worst import answer_tile
 from megavg.models.layers.norm import rms_norm_name
 from megavg.ops.chance import generator
 from megavg.ops.perturb import perturb
 from megavg.parallel.mcore import make_context, start_processes
 from megavg.protocols.batch import EncodedPrompt, PolicySignal, RolloutBatch, TokenScores
 from megavg.rewards.base import load_rewards
-from megavg.trainer.collect import Collector
+from megavg.trainer.collect import Collector, make_source
 from megavg.trainer.config import RunConfig, algorithm_class, save_resolved
 from megavg.trainer.diagnostics import diagnose, kind_metrics
-from megavg.trainer.evaluator import Evaluator, answer_tile
+from megavg.trainer.evaluator import Evaluator
 from megavg.trainer.metrics import PhaseClock, batch_metrics, judgement_metrics, rollout_metrics
 from megavg.trainer.policy import Policy
-from megavg.trainer.rollouts import Judgement, Rollouts, to_batch, written_answers
+from megavg.trainer.prompt_log import PromptLog, write_prompts
+from megavg.trainer.rollouts import Judgement, Rollouts, to_batch
 from megavg.trainer.run_log import WRITTEN, RunLog, remove_run, write_json
+from megavg.trainer.start_checks import check_start
 from megavg.trainer.step import MicroBatcher, make_signal, micro_batch_loss
 from megavg.trainer.token_kinds import TokenKinds
 
@@ -48,25 +53,28 @@ class Trainer:
             raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} is not divisible by the "
                              f"data-parallel size {self.context.dp_size} of {self.context.layout}; change "
                              "data.prompts_per_step or the number of processes")
-        self.source = PromptSource(
-            config.data.shards, config.data.prompts_per_step, self.settings.seed, self.context.dp_rank,
-            self.context.dp_size, config.data.shuffle_buffer, config.data.on_error, config.data.max_skipped,
-            noise=config.data.noise)
+        self.source = make_source(config.data, config.data.prompts_per_step, self.settings.seed, self.context,
+                                  config.data.noise)
         self.policy = Policy(config.model, config.optimizer, parallel.zero, self.context,
                              with_reference=getattr(config.algorithm, "kl_coefficient", 0.0) != 0.0,
                              prompts_per_pass=config.rollout.prompts_per_pass, options=config.stage_options())
+        self.prompts = Prompts(self.policy.model.spec.family, config.data.prompt, config.data.prompts,
+                               config.data.prompts_file, config.data.thinking)
         self.evaluator = Evaluator(
-            self.policy, self.context, config.data.question, config.rollout.max_new_tokens,
+            self.policy, self.context, self.prompts.question, config.rollout.max_new_tokens,
             config.rollout.prompts_per_pass * 4, config.evaluation.limit, config.evaluation.pictures,
             config.data.on_error, config.data.max_skipped)
         self.start_step = self._restore() if self.settings.resume else 0
+        self.frame_report = None if self.start_step else check_start(
+            config, self.policy, self.prompts, self.context, self.algorithm.uses_rollouts)
         self._prepare_folder()
         self.log = RunLog(self.folder, self.context.is_writer, self.settings.num_steps, self.start_step,
                           self.settings.log_every, self.settings.tensorboard)
         self.clock, self.kinds = PhaseClock(device), TokenKinds(self.policy.processor)
         self.batcher = MicroBatcher(self.settings, self.context)
         self.collector = Collector(self.policy, self.source, self.algorithm, self.rewards, config, self.context,
-                                   self.batcher, self.clock)
+                                   self.batcher, self.clock,
+                                   PromptLog(self.prompts, self.policy.processor, self.log.say))
 
     def run(self) -> None:
         """Train to the last step, with the evaluations, checkpoints and the export that were asked for."""
@@ -84,6 +92,7 @@ class Trainer:
         if self.settings.export_hf:
             self.policy.export_hf(self.folder / "hf")
             self.log.say(f"the trained model is in {self.folder / 'hf'}")
+        self.source.close()
         self.log.close()
 
     def train_step(self, step: int) -> None:
@@ -97,8 +106,7 @@ class Trainer:
             stats, reference = self.score(rollouts)
             self.clock.lap("score")
         else:
-            samples, prompts = self.collector.prompts()
-            rollouts = written_answers(samples, prompts, self.policy.processor)
+            rollouts = self.collector.written()
             batch = self._batch(rollouts, [0.0] * len(rollouts.responses))
         signal = make_signal(self.algorithm, batch, stats, reference, progress)
         loss, norm, entropy = self.update(rollouts, signal, step)
@@ -172,16 +180,17 @@ class Trainer:
         return [name for name in due if not self.start_step or not self._result_path(name, self.start_step).exists()]
 
     def _stored_accuracy(self, step: int) -> dict[str, float]:
-        """Acc@0.5 of the sets that were evaluated at ``step``, by this process or the one before it."""
+        """The headline of the sets that were evaluated at ``step``, by this process or the one before it."""
         dist.barrier()  # the writer has written
         paths = {name: self._result_path(name, step) for name in self.config.evaluation.sets}
-        return {name: json.loads(path.read_text())["acc_at_50"] for name, path in paths.items() if path.exists()}
+        return {name: headline(json.loads(path.read_text()))[1] for name, path in paths.items() if path.exists()}
 
     def _result_path(self, name: str, step: int) -> Path:
         return self.folder / "evaluation" / f"{name}-{step:06d}.json"
 
     def evaluate(self, step: int, names: list[str]) -> dict[str, float]:
-        """Measure evaluation sets and keep figures, rows and a picture of each; returns Acc@0.5 by set."""
+        """Measure evaluation sets and keep figures, rows and a picture of each; returns the headline (Acc@0.5 for
+        boxes, accuracy for points and classes, mAP for detection) by set."""
         accuracy = {}
         for name in names:
             result, rows, picture = self.evaluator.run(name, self.config.evaluation.sets[name])
@@ -193,9 +202,8 @@ class Trainer:
                     self.log.picture(step, f"eval/{name}", picture)
             figures = {key: value for key, value in result.items() if isinstance(value, (int, float))}
             self.log.record(step, {f"eval/{name}/{key}": value for key, value in figures.items()})
-            self.log.say(f"{name} at step {step}: Acc@0.5 {result['acc_at_50']:.3f}  mean IoU {result['mean_iou']:.3f}"
-                         f"  parsed {result['parse_rate']:.3f}  ({result['num_samples']} samples)")
-            accuracy[name] = result["acc_at_50"]
+            self.log.say(f"{name} at step {step}: {summary(result)}")
+            accuracy[name] = headline(result)[1]
         return accuracy
 
     def _goal_reached(self, accuracy: dict[str, float]) -> bool:
@@ -226,7 +234,7 @@ class Trainer:
         if self._folder_is_used and not (self.settings.resume or self.settings.overwrite):
             raise ValueError(f"{self.folder} already holds a run; set trainer.resume=true to go on with it, "
                              "trainer.overwrite=true to replace it, or choose another trainer.output_dir")
-        shards = [self.config.data.shards, *self.config.evaluation.sets.values()]
+        shards = [self.config.data.all_shards(), *self.config.evaluation.sets.values()]
         for path in (self.config.model.path, *(path for paths in shards for path in expand_shards(paths))):
             written = {self.folder.resolve() / name for name in WRITTEN}
             if self.settings.overwrite and written & {Path(path).resolve(), *Path(path).resolve().parents}:
@@ -245,6 +253,7 @@ class Trainer:
                 remove_run(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             save_resolved(self.config, self.folder / "config.yaml")
+            write_prompts(self.prompts, self.folder / "prompts.yaml")
         dist.barrier()
 
     @property
@@ -268,6 +277,8 @@ class Trainer:
                      f"{rms_norm_name(self.context.device.type)}; {self._stages()}")
         if self.start_step:
             self.log.say(f"resumed after step {self.start_step}")
+        if self.frame_report is not None:
+            self.log.say(self.frame_report.message())
         if self.context.is_writer:
             write_json(self.folder / "deepspeed_config.json", self.policy.engine.config)
             write_json(self.folder / "run.json", {
@@ -286,8 +297,7 @@ class Trainer:
         tokens = self.context.sum_over_data(self.clock.tensor(rollouts.num_tokens))
         metrics |= {"tokens": int(tokens), "tokens_per_second": float(tokens) / seconds, "time/step": seconds,
                     **self.clock.laps}
-        if self.source.skipped:
-            metrics["data/skipped"] = sum(self.source.skipped.values())
+        metrics |= self.source.metrics()
         self.log.record(step, metrics)
         self.log.progress(step, metrics)
         every = self.settings.picture_every

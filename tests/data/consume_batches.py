@@ -15,14 +15,15 @@ if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def make(spec: dict[str, Any], rank: int):
-    """The source of one data-parallel rank."""
+def make(spec: dict[str, Any], rank: int, exchange):
+    """The source of one data-parallel rank; with an exchange it decodes its own records only and tells of bad ones."""
     from megavg.data.mixture import Mixture
     from megavg.data.shards import PromptSource
 
     kind, data = (Mixture, spec["mixture"]) if "mixture" in spec else (PromptSource, spec["shards"])
     return kind(data, spec["batch_size"], spec["seed"], rank, spec["dp_size"], shuffle_buffer=spec["shuffle_buffer"],
-                on_error="skip", num_workers=spec["num_workers"])
+                on_error="skip", num_workers=spec["num_workers"],
+                agree=exchange.agree_of(rank) if exchange else None)
 
 
 def load(spec: dict[str, Any], ranks: list) -> int:
@@ -48,15 +49,32 @@ def save(spec: dict[str, Any], rank, num_batches: int) -> None:
     os.replace(spec["checkpoint"] + ".tmp", spec["checkpoint"])
 
 
+def draw(ranks: list, together: bool) -> list[list]:
+    """Each rank's share of the next batch: one after the other, or in a thread for each, as ranks that agree must."""
+    if not together:
+        return [source.next_batch() for source in ranks]
+    from tests.data.all_ranks import in_threads
+
+    shares = in_threads(ranks, lambda source: source.next_batch())
+    for share in shares:
+        if isinstance(share, Exception):
+            raise share
+    return shares
+
+
 def main() -> None:
-    """Draw batches for all ranks side by side; log the samples of each; keep a checkpoint every third batch."""
+    """Draw batches for all ranks; log the samples of each; keep a checkpoint every third batch."""
     spec = json.loads(sys.argv[1])
-    ranks = [make(spec, rank) for rank in range(spec["dp_size"])]
+    exchange = None
+    if spec["agree"]:
+        from tests.data.all_ranks import Exchange
+
+        exchange = Exchange(spec["dp_size"])
+    ranks = [make(spec, rank, exchange) for rank in range(spec["dp_size"])]
     done = load(spec, ranks)
     for number in range(done, spec["num_batches"]):
         batch = [None] * spec["batch_size"]
-        for rank, source in enumerate(ranks):
-            samples = source.next_batch()
+        for rank, samples in enumerate(draw(ranks, spec["agree"])):
             assert all(sample.image.size == (sample.width, sample.height) for sample in samples)
             batch[rank::spec["dp_size"]] = [os.path.basename(sample.shard) + "/" + sample.key for sample in samples]
         with open(spec["log"], "a") as log:

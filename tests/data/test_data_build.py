@@ -263,7 +263,7 @@ def test_an_old_set_stands_until_the_new_one_is_whole(tmp_path, make_draft):
     before = contents(out)
     Path(drafts[5].image.path).write_bytes(b"")
     options = BuildOptions(samples_per_shard=2)
-    with pytest.raises(SampleError, match="2 finished shards are kept in .*the same command continues"):
+    with pytest.raises(SampleError, match="2 finished shards are kept in .*without --overwrite, continues"):
         build_shards(drafts, str(out), options, overwrite=True)
     assert {name: data for name, data in before.items() if (out / name).read_bytes() == data} == before
     with pytest.raises(ValueError, match="unfinished build of another source.*num_samples was 6, is 5.*--overwrite"):
@@ -307,7 +307,7 @@ def test_a_publication_that_failed_halfway_is_completed(tmp_path, make_draft):
     build_shards(drafts, str(tmp_path / "whole"), options)
     (out / "shard-000002.tar").mkdir(parents=True)  # in the way of the third shard
     (out / "shard-000002.tar" / "x").write_text("")
-    with pytest.raises(OSError, match="the same command continues"):
+    with pytest.raises(OSError, match="the same command, without --overwrite, continues"):
         build_shards(drafts, str(out), options, overwrite=True)
     assert not (out / "index.json").exists() and (out / "shard-000001.tar").exists()
     (out / "shard-000002.tar" / "x").unlink()

@@ -25,7 +25,7 @@ def sources(shard_set):
 
 
 def names(batch) -> list[tuple[str, str]]:
-    return [(sample.meta["data_source"], sample.key) for sample in batch]
+    return [(sample.meta["mixture_source"], sample.key) for sample in batch]
 
 
 def global_batches(sources, count: int, dp_size: int = 1, state: dict | None = None, **options):
@@ -43,8 +43,14 @@ def global_batches(sources, count: int, dp_size: int = 1, state: dict | None = N
 def test_samples_name_their_source_and_come_from_its_shards(sources):
     batch = Mixture(sources, 12, 7).next_batch()
     for sample in batch:
-        assert os.path.basename(os.path.dirname(sample.shard)) == sample.meta["data_source"]
-    assert len({sample.meta["data_source"] for sample in batch}) > 1
+        assert os.path.basename(os.path.dirname(sample.shard)) == sample.meta["mixture_source"]
+    assert len({sample.meta["mixture_source"] for sample in batch}) > 1
+
+
+def test_a_field_of_the_record_is_not_overwritten(raw_tar, record):
+    path = raw_tar(record("a", data_source="ios"))  # as ScreenSpot's records have it
+    (sample,) = Mixture({"web": (path, 1.0)}, 1, 0).next_batch()
+    assert sample.meta == {"data_source": "ios", "mixture_source": "web"}
 
 
 def test_each_source_runs_through_its_own_epochs_without_loss(sources):

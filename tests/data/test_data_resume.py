@@ -8,7 +8,9 @@ import shutil
 
 import pytest
 
+from megavg.data.mixture import Mixture
 from megavg.data.shards import PromptSource
+from megavg.data.writer import write_shards
 
 
 def global_batches(folder, count: int, dp_size: int = 1, state: dict | None = None, **options):
@@ -119,3 +121,41 @@ def test_moved_shards_are_accepted_and_other_shards_seed_or_buffer_refused(shard
     os.remove(os.path.join(folder, "train-000001.tar"))
     with pytest.raises(ValueError, match="num_shards: saved 6, now 5"):
         PromptSource(folder, 12, 7, shuffle_buffer=9).load_state_dict(states[0])
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("make", [PromptSource, lambda path, *args: Mixture({"one": (path, 1.0)}, *args)])
+def test_a_set_built_anew_with_the_same_names_and_sizes_is_refused(make_sample, tmp_path, make, indexed):
+    def build(start: int) -> str:
+        write_shards((make_sample(start + i) for i in range(9)), str(tmp_path / "set"), "train", 4)
+        if not indexed:
+            os.remove(tmp_path / "set" / "index.json")
+        return str(tmp_path / "set")
+    folder = build(0)
+    sizes = [os.path.getsize(path) for path in sorted((tmp_path / "set").glob("*.tar"))]
+    state = json.loads(json.dumps(make(folder, 3, 7).state_dict()))
+    build(0)
+    make(folder, 3, 7).load_state_dict(state)  # the same again
+    build(10)
+    assert [os.path.getsize(path) for path in sorted((tmp_path / "set").glob("*.tar"))] == sizes
+    with pytest.raises(ValueError, match="shards.*: saved .*rebuilt"):
+        make(folder, 3, 7).load_state_dict(state)
+
+
+def test_an_index_that_tells_of_another_size_is_not_trusted(shard_set):
+    folder = shard_set(8, 4)
+    path = os.path.join(folder, "index.json")
+    with open(path) as file:
+        index = json.load(file)
+    for text in (json.dumps({**index, "shards": [{**shard, "bytes": 1} for shard in index["shards"]]}), "[]", "{", "7",
+                 '{"shards": [{"name": [], "bytes": 1, "sha256": ""}]}'):
+        with open(path, "w") as file:
+            file.write(text)
+        state = PromptSource(folder, 4, 7).state_dict()
+        with open(os.path.join(folder, "train-000001.tar"), "r+b") as file:
+            file.seek(600)  # inside of its first member
+            byte = file.read(1)
+            file.seek(600)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(ValueError, match="rebuilt"):
+            PromptSource(folder, 4, 7).load_state_dict(state)

@@ -61,7 +61,7 @@ def chain(spec: dict, folder: Path, stages: list[tuple[int, int]]) -> list[list[
 @pytest.fixture
 def spec(tmp_path) -> dict:
     return {"batch_size": 12, "seed": 3, "shuffle_buffer": 20, "num_batches": NUM_BATCHES, "pause": 0.0,
-            "dp_size": 1, "num_workers": 0, "log": str(tmp_path / "whole.jsonl"),
+            "dp_size": 1, "num_workers": 0, "agree": False, "log": str(tmp_path / "whole.jsonl"),
             "checkpoint": str(tmp_path / "whole.json")}
 
 
@@ -82,12 +82,14 @@ def test_killed_and_resumed_equals_uninterrupted(shard_set, tmp_path, spec, name
     assert Counter(flat[:140]) == every and Counter(flat[140:280]) == every, "each sample once in each epoch"
 
 
-def test_a_mixture_with_bad_records_is_resumed_too(shard_set, raw_tar, record, tmp_path, spec):
+@pytest.mark.parametrize("agree, stages", [(False, [(2, 1), (4, 0), (3, 1)]), (True, [(2, 0), (2, 1), (3, 0)])])
+def test_a_mixture_with_bad_records_is_resumed_too(shard_set, raw_tar, record, tmp_path, spec, agree, stages):
+    """With ``agree`` each rank decodes its own records and the others hear of the bad ones; the order is the same."""
     bad = {i: {"image": b"?"} for i in range(0, 50, 7)}
     damaged = raw_tar([m for i in range(50) for m in record(f"r{i:02d}", **bad.get(i, {}))], "damaged.tar")
     spec["mixture"] = {"clean": [[shard_set(60, 23)], 1.0], "damaged": [[damaged], 1.0]}
     run(spec)
     whole = logged(spec)
-    assert chain(spec, tmp_path, [(2, 1), (4, 0), (3, 1)]) == whole
+    assert chain({**spec, "agree": agree}, tmp_path, stages) == whole
     first = [key for batch in whole for key in batch if key.startswith("damaged")][:42]
     assert Counter(first) == Counter(f"damaged.tar/r{i:02d}" for i in range(50) if i % 7)

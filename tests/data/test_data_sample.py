@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+import struct
+import zlib
+from collections import Counter
 
 import pytest
 from PIL import Image
 
-from megavg.data.sample import REASONS, RawRecord, SampleError, check_sample, parse_record, record_json, with_image
+from megavg.data.builder.picture import open_picture
+from megavg.data.readers.base import Draft, ImageFile
+from megavg.data.sample import (REASONS, RawRecord, SampleError, _to_rgb, check_sample, decode_image, parse_record,
+                                record_json, with_image)
 from megavg.data.shards import iterate_all
 
 
@@ -34,6 +40,12 @@ def read_one(path: str):
     ({"expression": None}, "missing field", "'expression'"),
     ({"expression": "  "}, "missing field", "expression"),
     ({"expression": "a <|im_end|> b"}, "control token", "im_end"),
+    ({"task": "detection", "labels": ["a<|im_end|>"]}, "control token", "im_end"),
+    ({"task": "classification", "labels": ["a", "<|vision_start|>"], "boxes_xyxy_px": []}, "control token", "vision"),
+    ({"expression": "x \ud800"}, "bad json", "surrogate"),
+    ({"id": "\udcff"}, "bad json", "surrogate"),
+    ({"task": "detection", "labels": ["\udfff"]}, "bad json", "surrogate"),
+    ({"note": [{"\ud83d": 1}]}, "bad json", "surrogate"),
     ({"width": 4020, "height": 20}, "extreme aspect", "200 to 1"),
     ({"width": None}, "missing field", "'width'"),
     ({"width": 20.5}, "bad json", "width"),
@@ -90,6 +102,73 @@ def test_any_mode_becomes_rgb(raw_tar, record, mode):
     assert read_one(raw_tar(record("k", buffer.getvalue()))).image.mode == "RGB"
 
 
+def deep_grey(values: list[int]) -> bytes:
+    """A PNG of 16-bit grey, 20 x 10, by the format's definition: its first pixels hold ``values``."""
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    pixels = values + [0] * (200 - len(values))
+    rows = b"".join(b"\0" + struct.pack(">20H", *pixels[start:start + 20]) for start in range(0, 200, 20))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20, 10, 16, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def test_16_bit_grey_keeps_its_upper_8_bits(raw_tar, record):
+    values = [0, 255, 256, 30000, 0x7FFF, 0xFF00, 0xFFFF]
+    image = read_one(raw_tar(record("k", deep_grey(values)))).image
+    assert [image.getpixel((x, 0)) for x in range(7)] == [(value >> 8,) * 3 for value in values]
+
+
+@pytest.mark.parametrize("mode, pixel, expected", [
+    ("L", 200, (200, 200, 200)), ("LA", (200, 9), (200, 200, 200)), ("RGBA", (1, 2, 3, 9), (1, 2, 3)),
+    ("1", 1, (255, 255, 255))])
+def test_8_bit_modes_keep_their_colours(raw_tar, record, mode, pixel, expected):
+    buffer = io.BytesIO()
+    Image.new(mode, (20, 10), pixel).save(buffer, "PNG")
+    assert read_one(raw_tar(record("k", buffer.getvalue()))).image.getpixel((3, 3)) == expected
+
+
+def test_a_mode_without_exact_meaning_in_8_bits_is_refused():
+    with pytest.raises(ValueError, match="mode 'F'"):
+        _to_rgb(Image.new("F", (2, 2)))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", [None, 0, 1, 2, 3, 6, 8, 9])
+def test_a_rotated_picture_is_refused_where_asked(suffix, orientation):
+    buffer = io.BytesIO()
+    picture = Image.new("RGB", (20, 10))
+    exif = picture.getexif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    picture.save(buffer, {"jpg": "JPEG"}.get(suffix, suffix), exif=exif)
+    assert decode_image(buffer.getvalue(), 20, 10, "s", "k").size == (20, 10)
+    if orientation in (2, 3, 6, 8):
+        with pytest.raises(SampleError, match=f"s: sample 'k': rotated picture: .*orientation is {orientation}:.*save"):
+            decode_image(buffer.getvalue(), 20, 10, "s", "k", check_orientation=True)
+    else:
+        assert decode_image(buffer.getvalue(), 20, 10, "s", "k", check_orientation=True).size == (20, 10)
+
+
+def test_damaged_exif_is_no_rotation():
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(buffer, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert decode_image(buffer.getvalue(), 20, 10, "", "", check_orientation=True).size == (20, 10)
+
+
+def test_a_draft_with_a_rotated_picture_is_refused(tmp_path):
+    picture = Image.new("RGB", (20, 10))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "r.jpg", exif=exif)
+    draft = Draft("rows: 1", "k", ImageFile(str(tmp_path / "r.jpg")),
+                  {"expression": "it", "boxes_xyxy_px": [[1, 2, 5, 6]]})
+    for load in (Draft.load, open_picture):
+        with pytest.raises(SampleError) as caught:
+            load(draft)
+        assert caught.value.reason == "rotated picture" and caught.value.reason in REASONS
+        assert "r.jpg" in str(caught.value)
+
+
 def test_boxes_refer_to_stored_pixels_not_to_the_exif_orientation(raw_tar, record):
     buffer = io.BytesIO()
     picture = Image.new("RGB", (20, 10))
@@ -121,6 +200,8 @@ def test_json_and_back_is_equal(make_sample):
     ({"key": "é"}, "bad key"),
     ({"meta": {"width": 3}}, "bad json"),
     ({"meta": {"a": {1, 2}}}, "bad json"),
+    ({"meta": {"a": ["\ud800"]}}, "bad json"),
+    ({"expression": "\ud800"}, "bad json"),
     ({"image": None}, "missing image"),
     ({"image": Image.new("L", (24, 18))}, "missing image"),
     ({"image": Image.new("RGB", (25, 18))}, "size mismatch"),
@@ -131,6 +212,22 @@ def test_unwritable_sample_is_refused(make_sample, changes, reason):
     with pytest.raises(SampleError) as caught:
         check_sample(make_sample(1, **changes))
     assert caught.value.reason == reason
+    caught.value.__str__().encode()  # can be written to a log
+
+
+def test_record_json_refuses_a_lone_surrogate(make_sample):
+    for sample in (make_sample(1, expression="\ud800"), make_sample(1, meta={"\udfff": 1})):
+        with pytest.raises(SampleError, match="bad json"):
+            record_json(sample)
+
+
+def test_surrogates_are_skipped_in_each_spelling(raw_tar, record):
+    (name, data), image = record("b", expression="xyz")
+    raw = data.replace(b"xyz", b"\xed\xa0\x80")  # UTF-8 of half a pair: json takes it
+    path = raw_tar([*record("a", expression="whole \U0001f600"), (name, raw), image, *record("c", expression="\ud83d")])
+    skipped = Counter()
+    assert [s.expression for s in iterate_all(path, "skip", skipped=skipped)] == ["whole \U0001f600"]
+    assert skipped == {"bad json": 2}
 
 
 def test_error_survives_pickling():

@@ -9,11 +9,13 @@ import tracemalloc
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megavg.data.order import shuffled
 from megavg.data.sample import SampleError
 from megavg.data.shards import PromptSource, expand_shards, iterate_all
-from megavg.data.tars import read_records
+from megavg.data.tars import _by_key, read_records
 
 
 def keys(batch) -> list[str]:
@@ -258,6 +260,41 @@ def test_a_damaged_header_and_a_foreign_file_are_torn(raw_tar, record, tmp_path)
             list(read_records(str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("opened", ["{}", "pipe:cat {}"])
+def test_a_repeated_member_costs_its_record_alone(raw_tar, record, opened):
+    members = [*record("a"), *record("b"), *record("b"), *record("c"), *record("d"), record("d")[1], *record("e")]
+    path = opened.format(raw_tar(members))
+    skipped = Counter()
+    assert keys(iterate_all(path, "skip", skipped=skipped)) == ["a", "c", "e"]
+    assert skipped == {"duplicate key": 2}
+    with pytest.raises(SampleError, match="sample 'b': duplicate key: b.json occurs again"):
+        list(iterate_all(path))
+    source = PromptSource(path, 3, 0, on_error="skip")
+    drawn = [key for _ in range(3) for key in keys(source.next_batch())]
+    assert Counter(drawn) == {"a": 3, "c": 3, "e": 3}
+    fresh = PromptSource(path, 3, 0, on_error="skip")
+    fresh.load_state_dict(source.state_dict())
+    assert fresh.skipped == source.skipped == {"duplicate key": 2}
+
+
+@given(st.lists(st.sampled_from(["a.json", "a.PNG", "b.json", "b.jpg", "d/a.json", "d.x/a.json", "d.x/a.b.json",
+                                 ".json", "noext", "a.", "__a.json"]), max_size=12))
+def test_members_are_grouped_as_webdataset_groups_them(names):
+    from webdataset.tariterators import group_by_keys
+
+    try:
+        expected = [(found["__key__"], {name: data for name, data in found.items() if name[:2] != "__"}) for found in
+                    group_by_keys({"fname": name, "data": name.encode(), "__url__": ""} for name in names)]
+    except ValueError:
+        expected = None  # a repeated member: webdataset stops
+    records = list(_by_key("", [(name, name.encode()) for name in names]))
+    assert [record.index for record in records] == list(range(len(records)))
+    if expected is None or any(record.problem for record in records):
+        assert any(record.problem for record in records)
+    else:
+        assert [(record.key, record.files) for record in records] == expected
+
+
 def test_torn_shard_stops_or_is_skipped_and_counted_once(shard_set, caplog):
     folder = shard_set(40, 10)
     torn = os.path.join(folder, "train-000002.tar")
@@ -290,7 +327,7 @@ def test_memory_follows_the_buffer_not_the_shard(raw_tar, record):
     payload = bytes(200_000)
     path = raw_tar([m for i in range(150) for m in record(f"r{i:03d}") + [(f"r{i:03d}.bin", payload)]])
     source = PromptSource(path, 1, seed=0, shuffle_buffer=10, infinite=False)
-    source.next_batch()  # webdataset is imported by now
+    source.next_batch()  # what it imports late is there by now
     tracemalloc.start()
     assert len(drain(source)) == 149
     peak = tracemalloc.get_traced_memory()[1]

@@ -149,6 +149,21 @@ def test_a_file_that_is_no_safetensors_is_told(tmp_path):
 def test_shards_are_known_by_path_size_and_index(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"x" * 10)
     path = str(tmp_path / "a.tar")
-    assert describe_shards([path]) == [[path, 10, None]]
+    assert describe_shards([path, "https://x/b.tar"]) == [
+        [path, 10, f"written at {os.stat(path).st_mtime_ns} ns"], ["https://x/b.tar", None, None]]
     (tmp_path / "index.json").write_text(json.dumps({"shards": [{"name": "a.tar", "num_samples": 1, "sha256": "5e"}]}))
     assert describe_shards([path]) == [[path, 10, "5e"]]
+
+
+def test_shards_built_anew_are_noticed_where_nothing_but_their_content_has_changed(tmp_path):
+    """Without an index.json, and with the same number of bytes."""
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(b"x" * 10)
+    os.utime(shard, ns=(10 ** 18, 10 ** 18))
+    before = {"shards": describe_shards([str(shard)])}
+    open_set(tmp_path / "s", before, False)
+    assert open_set(tmp_path / "s", {"shards": describe_shards([str(shard)])}, False) == {}, "nothing has changed"
+    shard.write_bytes(b"y" * 10)
+    with pytest.raises(ValueError, match="answers of another evaluation .shards was .*; choose another "
+                                         "evaluation.output_dir, or set evaluation.overwrite=true"):
+        open_set(tmp_path / "s", {"shards": describe_shards([str(shard)])}, False)

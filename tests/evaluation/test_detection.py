@@ -8,7 +8,7 @@ import random
 import pytest
 
 from megavg.evaluation.detection import coco_figures, ranking
-from megavg.evaluation.figures import figures, headline
+from megavg.evaluation.figures import figures, headline, in_stored_order
 from megavg.evaluation.rows import answer_row
 from megavg.protocols.sample import RELATIVE_1000, Completion, Frame, Sample
 
@@ -119,3 +119,17 @@ def test_a_label_is_needed_and_its_lack_is_counted():
             row_of(1, [((0.0, 0.0, 50.0, 50.0), "king")], [([0, 0, 50, 50], "KING", None)])]
     result = coco_figures(rows)
     assert result["unlabelled_boxes"] == 1 and result["mar_100"] == 0.5 and result["num_categories"] == 1
+
+
+def test_ties_do_not_depend_on_which_rank_answered_what():
+    """First boxes of all answers have equal scores; gathered rank by rank they would rank in another order."""
+    pictures = [picture for seed in range(4) for picture in random_pictures(seed)]
+    rows = [row_of(i, truth, [(box, label, None) for box, label, _ in answer] or "None")
+            for i, (truth, answer) in enumerate(pictures)]
+    samples = [Sample(row["key"], row["shard"], None, SIZE, SIZE, "", ()) for row in rows]
+    gathered = [[row for rank in range(size) for row in rows[rank::size]] for size in (1, 2, 3, 4)]
+    assert len({figures(order)["map"] for order in gathered}) > 1, "there are ties that matter"
+    for order in gathered:
+        assert in_stored_order(order, samples) == rows
+    strange = {**rows[0], "key": "stranger"}
+    assert in_stored_order([strange, *gathered[2]], samples) == [*rows, strange], "which check_complete refuses"

@@ -75,6 +75,20 @@ def test_samples_with_boxes_may_be_asked_as_points(folder):
     assert {sample.task for sample in found} == {"point"}
 
 
+@pytest.mark.parametrize("task, boxes", [("detection", True), ("detection", False), ("classification", False)])
+def test_other_tasks_cannot_be_asked_as_points(folder, tmp_path, task, boxes):
+    def as_other(fields: dict) -> dict:
+        fields = {key: value for key, value in fields.items() if boxes or "box" not in key}
+        labels = ["thing"] * len(fields["boxes_xyxy_px"]) if boxes else ["thing"] if task == "classification" else []
+        return {**fields, "task": task, "labels": labels, **({} if boxes else {"boxes_xyxy_px": []})}
+
+    shard = change(f"{folder}/set-000000.tar", tmp_path / "a.tar", as_other)
+    assert [sample.task for sample in read(shard)[1][0]].count(task) == 1, "the record itself is in order"
+    with pytest.raises(ValueError, match=f"a.tar: sample .* is of task '{task}', but the set's task: point takes "
+                                         "samples of rec and point alone; leave the set's task empty"):
+        read(shard, as_task="point", on_error="skip")
+
+
 def change(shard, out, change_json=lambda fields: fields, change_picture=lambda data: data, place: int = 1):
     """A copy of a tar whose ``place``-th record is changed."""
     with tarfile.open(shard) as old, tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as new:

@@ -100,6 +100,31 @@ def test_several_true_boxes_are_measured_as_the_reward_does():
         assert row["iou"] == pytest.approx(expected) == pytest.approx(score(answer(text), sample, terms)[0])
 
 
+def test_several_true_boxes_count_by_confidence_as_in_the_reward():
+    """Greedy matching depends on the order: here the first answered box would take the other's true box."""
+    sample = make_sample("two", TRUE_BOX, (200.0, 200.0, 300.0, 300.0))
+    answered = [([0, 0, 100, 250], 0.1), ([0, 0, 100, 100], 0.9)]
+    text = json.dumps([{"bbox_2d": box, "score": stated} for box, stated in answered])
+    row, terms = answer_row(sample, answer(text)), load_rewards([{"name": "iou"}])
+    assert row["iou"] == pytest.approx(0.5) == pytest.approx(score(answer(text), sample, terms)[0])
+    assert row["predicted_boxes_px"] == [box for box, _ in answered], "the row keeps the order of the answer"
+    unranked = json.dumps([{"bbox_2d": box} for box, _ in answered])
+    assert answer_row(sample, answer(unranked))["iou"] == pytest.approx(0.2)
+    assert score(answer(unranked), sample, terms)[0] == pytest.approx(0.2)
+
+
+def test_of_one_true_box_the_first_answered_counts_whatever_confidence_it_states():
+    text = '[{"bbox_2d": [0, 0, 100, 50], "score": 0.1}, {"bbox_2d": [0, 0, 100, 100], "score": 0.9}]'
+    assert answer_row(make_sample("one"), answer(text))["iou"] == pytest.approx(0.5)
+
+
+def test_detections_are_matched_by_confidence():
+    text = ('[{"bbox_2d": [0, 0, 100, 250], "label": "king", "score": 0.1}, '
+            '{"bbox_2d": [0, 0, 100, 100], "label": "king", "score": 0.9}]')
+    row = answer_row(detection((A, "king"), (B, "king")), answer(text))
+    assert (row["iou"], row["reason"]) == (pytest.approx(0.5), "missing boxes")
+
+
 def test_the_frame_of_the_family_is_used():
     frame = Frame(RESIZED_PX, 1000, 1000, 560, 560)
     row = AnswerScores().add(make_sample("px"), Completion("[0, 0, 56, 56]", "json_resized_px", frame))

@@ -9,7 +9,8 @@ import pytest
 from megavg.evaluation.figures import figures
 from megavg.evaluation.rows import answer_row
 from megavg.evaluation.tables import (REFCOCO_SPLITS, benchmark_of, benchmark_tables, breakdown, groups_markdown,
-                                      markdown, refcoco_columns, refcoco_markdown, screenspot, screenspot_markdown)
+                                      markdown, refcoco_columns, refcoco_left_out, refcoco_markdown, screenspot,
+                                      screenspot_markdown)
 from megavg.protocols.sample import RELATIVE_1000, Completion, Frame, Sample
 
 FRAME = Frame(RELATIVE_1000, 1000, 1000, 560, 560)
@@ -106,6 +107,35 @@ def test_refcoco_in_markdown_strict_and_inclusive():
 def test_a_sample_in_two_sets_counts_once_in_its_split():
     rows = [row_of("a", "[0, 0, 100, 100]", dataset="refcoco", split="val")]
     assert refcoco_columns({"one": rows, "two": rows})["refcoco", "val"]["num_samples"] == 1
+
+
+@pytest.mark.parametrize("dataset, split_by, official", [
+    ("refcoco", "unc", True), ("refcoco", "", True), ("refcoco", "google", False), ("refcoco", "umd", False),
+    ("RefCOCO+", "unc", True), ("refcoco+", "google", False), ("refcocog", "umd", True), ("refcocog", "google", False),
+    ("refcocog", "unc", False),
+])
+def test_a_split_of_another_partition_is_another_set(dataset, split_by, official):
+    rows = [row_of("a", "[0, 0, 100, 100]", dataset=dataset, split="val", split_by=split_by)]
+    name = dataset.lower()
+    assert list(refcoco_columns({"s": rows})) == ([(name, "val")] if official else [])
+    assert refcoco_left_out({"s": rows, "again": rows}) == ({} if official else {f"{name} by {split_by} val": 1})
+
+
+def test_what_is_in_no_official_split_is_told():
+    sets = refcoco_rows()
+    sets["rest"].append(row_of("e", "", dataset="refcoco", split="val", split_by="google"))
+    sets["rest"].append(row_of("f", "", dataset="RefCOCO_unc", split="testA"))
+    sets["rest"].append(row_of("g", "", dataset="refcoco"))
+    assert refcoco_left_out(sets) == {"refcoco by google val": 1, "refcoco without a split": 1,
+                                      "refcocog by google val": 1, "refcocog train": 1, "refcocounc testA": 1}
+
+
+def test_one_set_of_two_partitions_is_broken_down_by_both():
+    rows = [row_of(by, "[0, 0, 100, 100]" if by == "unc" else "no", dataset="refcoco", split="val", split_by=by)
+            for by in ("google", "unc")]
+    tables = benchmark_tables(rows, benchmark_of(rows), ())
+    assert tables["group_by"] == ["dataset", "split_by", "split"]
+    assert [(group["split_by"], group["acc_at_50"]) for group in tables["groups"]] == [("google", 0), ("unc", 1)]
 
 
 @pytest.mark.parametrize("name", ["refcoco+", "refcocoplus", "refcoco_plus", "RefCOCO+"])

@@ -12,7 +12,7 @@ from megavg.evaluation.figures import figures
 from megavg.evaluation.report import write_results, write_set
 from megavg.evaluation.rows import answer_row
 from megavg.evaluation.worst import answer_tile, worst_panel, worst_rows
-from megavg.protocols.sample import RELATIVE_1000, Completion, Frame, Sample
+from megavg.protocols.sample import RELATIVE_1000, RESIZED_PX, Completion, Frame, Sample
 
 BOX = (0.0, 0.0, 100.0, 100.0)
 ABOUT = {"model": "runs/x/hf", "family": "qwen3_vl", "dtype": "float32", "layout": "TP1 x PP1 x DP1",
@@ -71,9 +71,33 @@ def test_a_set_is_written_and_reported(tmp_path):
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["sets"]["val"]["acc_at_50"] == 0.5 and content["about"] == ABOUT and "refcoco" not in content
     for part in ("# Evaluation of runs/x/hf", "| val |", " 50.0 |", "Left out as unusable: broken image 1.",
-                 "question (rec): `Find {expression}.`", "Reasons: ok 1, no JSON 1."):
+                 "Question (rec):\n\n```text\nFind {expression}.\n```", "Reasons: ok 1, no JSON 1."):
         assert part in text
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_report_keeps_every_blank_of_a_question_and_tells_what_is_in_no_split(tmp_path):
+    asked = "Find {expression}.\n\n  As  in:\n```json\n{}\n```\n"
+    _, row = make("a", "[0, 0, 500, 667]")
+    row["meta"] = {"dataset": "refcoco", "split_by": "google", "split": "test"}
+    result = {**figures([row]), "skipped": 0, "files": []}
+    text = write_results(tmp_path, {"s": result}, {"s": [row]}, {**ABOUT, "prompts": {"rec": asked}})
+    assert f"Question (rec):\n\n````text\n{asked}\n````\n" in text
+    assert "In none of the eight official splits (UNC's of RefCOCO and RefCOCO+, UMD's of RefCOCOg): " \
+           "refcoco by google test 1." in text
+    assert json.loads((tmp_path / "results.json").read_text())["refcoco_left_out"] == {"refcoco by google test": 1}
+
+
+def test_a_picture_says_what_its_row_says():
+    """Two true boxes, ranked by confidence: the tile must not count them in another order."""
+    image = Image.new("RGB", (400, 400), "grey")
+    sample = Sample("a", "a.tar", image, 400, 400, "two", (BOX, (200.0, 200.0, 300.0, 300.0)))
+    text = '[{"bbox_2d": [0, 0, 100, 250], "score": 0.1}, {"bbox_2d": [0, 0, 100, 100], "score": 0.9}]'
+    row = answer_row(sample, Completion(text, "json_resized_px", Frame(RESIZED_PX, 400, 400, 400, 400)))
+    assert row["iou"] == pytest.approx(0.5)
+    plain = draw_boxes(image, row["true_boxes_px"], row["predicted_boxes_px"], "two", 400,
+                       verdict="2 boxes for 2, IoU 0.50")
+    assert list(answer_tile(sample, row).getdata()) == list(plain.getdata())
 
 
 def test_no_worst_case_no_picture(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megavg.data.sample import SampleError, check_labels
 from megavg.ops.answer_text import answer_part, class_name, format_answer, normal_name, says_none
 from megavg.ops.box_formats import BOX_FORMATS, FRAME_KIND
 from megavg.ops.box_text import parse_boxes, strict_format
@@ -120,6 +121,24 @@ def test_what_cannot_be_written_is_an_error_that_names_the_sample(task, boxes, l
         format_answer(make_sample(task, boxes, labels), make_frame(JSON), JSON)
 
 
+@pytest.mark.parametrize("label", ["king", "x" * 200, "框" * 200, 'the "king"', "'" + "x" * 200 + "'."])
+def test_a_label_that_a_shard_takes_can_be_answered(label):
+    check_labels([label], "classification", 0, "a.tar", "k0")
+    check_labels([label], "detection", 1, "a.tar", "k0")
+    assert class_name(format_answer(make_sample("classification", (), [label]), make_frame(JSON), JSON)) == \
+        normal_name(label) != ""
+    if len(label) <= 200:
+        text = format_answer(make_sample("detection", [KING], [label]), make_frame(JSON), JSON)
+        assert parse_boxes(text, make_frame(JSON), JSON).labels == (label,)
+
+
+@pytest.mark.parametrize("label", ["x" * 201, "ß" * 101, " '.' ", '""'])
+def test_a_shard_refuses_a_label_that_no_answer_can_match(label):
+    for task, num_boxes in (("classification", 0), ("detection", 1)):
+        with pytest.raises(SampleError, match="a.tar: sample 'k0': bad labels: no answer can match.*rename the class"):
+            check_labels([label], task, num_boxes, "a.tar", "k0")
+
+
 def test_a_label_with_the_beginning_of_a_control_token_cannot_stand_between_tokens():
     sample = make_sample("detection", [KING], ["a <|b"])
     assert parse_boxes(format_answer(sample, make_frame(JSON), JSON), make_frame(JSON), JSON).labels == ("a <|b",)
@@ -157,8 +176,12 @@ def test_one_class_in_many_dresses(text):
 
 @pytest.mark.parametrize("text", ["", " ", ".", "'' .", "<think>king", "<answer></answer>", "{}", "[]",
                                   '{"label": 3}', "x" * 300, '{"label": "king", "class": "queen"}',
-                                  '[{"label": "king"}, {"label": "queen"}]',
-                                  '{"label": "', "{" * 1000])
+                                  '[{"label": "king"}, {"label": "queen"}]', '[{"label": "king"}]', "[king]",
+                                  '{"label": "king"} or queen', '{"label": "king"} {"x": "queen"}',
+                                  '{not really "label": "king"', '["label": "king" is what I would not say]',
+                                  '{"label": "king", "label": "queen"}', '{"label": "king", "x": {"label": "queen"}}',
+                                  '{"x": {"label": "king"}}', "{'label': 'king'} or 'queen'", '{"label": ["king"]}',
+                                  '{"label": "', "{" * 1000, "[" * 800, '{"a":' * 160])
 def test_no_class_or_several_are_none(text):
     assert class_name(text) == ""
 

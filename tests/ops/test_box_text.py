@@ -15,6 +15,7 @@ from megavg.ops.box_text import (
     BOX_FORMATS, FRAME_KIND, MAX_BOXES, ParsedBoxes, format_boxes, parse_boxes, strict_format,
 )
 from megavg.protocols.sample import RELATIVE_1000, RESIZED_PX, Frame
+from tests.rewards.slow_reader import has_box, has_form
 
 JSON, PIXELS, TOKENS = BOX_FORMATS
 UNIT = Frame(RELATIVE_1000, 1000, 1000, 1000, 1000)  # one original pixel is one unit of the text
@@ -100,7 +101,11 @@ TWO = (*ONE, (5.0, 6.0, 7.0, 8.0))
     ("[[1, 2, 3, 4], [5, 6, 7, 8]]", TWO),
     ('{"objects": [{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]]}]}', TWO),
     ("{'bbox_2d': [1, 2, 3, 4],}", ONE),
-    ('[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 6', ONE),
+    ('{"bbox_2d":' + " " * 60 + '[1, 2, 3, 4], "other":' + " " * 60 + "[9, 9, 10, 10]}", ONE),
+    ('[{"bbox_2d": [[1, 2, 3, 4]]}, {"bbox_2d": [5, 6, 7, 8]}]', TWO),
+    ('{"seen": "[9, 9, 10, 10]", "bbox": [1, 2, 3, 4]}', ONE),
+    ('The bbox_2d is this, its corners (0, 1] and so on: {"bbox_2d": [1, 2, 3, 4], "label": "it\'s [("}', ONE),
+    ("bbox_2d: [1, 2, 3, 4]", ONE),
     ("<think>[9, 9, 10, 10]</think><answer>[1, 2, 3, 4]</answer> [0, 0, 9, 9]", ONE),
     ("maybe [9, 9, 10, 10]</think>[1, 2, 3, 4]", ONE),
     ("<answer>[9, 9, 10, 10]</answer><answer>[1, 2, 3, 4]", ONE),
@@ -180,6 +185,13 @@ def test_token_answers_name_their_boxes_before_them():
     ("[0, 0, 0, 0]", "degenerate box"),
     ('[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 5, 5, 5]}]', "degenerate box"),
     ("[" + "[1, 2, 3, 4], " * (MAX_BOXES + 1) + "]", "too many boxes"),
+    *((text, "not four numbers") for text in (
+        '[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 6', '[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": ',
+        '[{"bbox_2d": [1, 2, 3, 4]}, {"bb', '[{"bbox_2d": [1, 2, 3, 4]},', "[1, 2, 3, 4], [5, 6",
+        '{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": null}', '{"bbox_2d": [1, 2, 3, 4], "bbox_2d": "5, 6, 7, 8"}',
+        '{"bbox_2d": "[1, 2, 3, 4]"}', '{"bbox_2d": {"x": 1}, "bbox": [1, 2, 3, 4]}', "bbox_2d: [1, 2, 3, 4], bbox: [5",
+        '{"label": "bbox_2d": null, "x": [1, 2, 3, 4]}', '{"bbox_2d": [[1, 2, 3, 4], 5]}',
+        "{'bbox_2d': [1, 2, 3, 4]}, {'bbox' : none}", '{"bbox_2d": [[[1, 2, 3, 4]]]}')),
 ])
 def test_unreadable_json_answers_give_no_box_and_a_reason(text, reason):
     assert (read(text).boxes_px, read(text).reason) == ((), reason)
@@ -192,6 +204,9 @@ def test_unreadable_json_answers_give_no_box_and_a_reason(text, reason):
     ("<|box_start|>(1,2,3),(4)<|box_end|>", "not four numbers"),
     ("<|box_start|>(1,2),(3,4)<|box_end|><|box_start|>(5,6)", "not four numbers"),
     ("(a,b),(c,d)", "not four numbers"),
+    ("<|box_start|>(1,2),(3,4)", "not four numbers"),
+    ("(1,2),(3,4) (5,6),(7", "not four numbers"),
+    ("<|box_start|>(1,2),(3,4)<|box_end|><|object_ref_start|>queen", "not four numbers"),
     ("<|box_start|>(3,4),(1,2)<|box_end|>", "degenerate box"),
     ("<|box_start|>(nan,0),(1,2)<|box_end|>", "not finite"),
 ])
@@ -220,6 +235,10 @@ def test_well_formed_answers_pass_the_strict_check(text):
     '{"bbox_2d": [1, 2, 3, 4]} there',
     '{"bbox_2d": [1, 2, 3, 4], "bbox_2d": [5, 6, 7, 8]}',
     '{"bbox_2d": [1, 2, 3, 4],}',
+    '{"bbox_2d": [01, 2, 3, 4]}',
+    '{"bbox_2d"\u2028: [1, 2, 3, 4]}',
+    '{"bbox_2d": [1, 2, 3, 4], "label": "\\e"}',
+    '{"bbox_2d": [1, 2, 3, 4], "label": "a\nb"}',
     '<answer>{"bbox_2d": [1, 2, 3, 4]}',
     '<think></think><answer>{"bbox_2d": [1, 2, 3, 4]}</answer>',
     '<think>a</think> so <answer>{"bbox_2d": [1, 2, 3, 4]}</answer>',
@@ -270,7 +289,10 @@ BOMBS = {
     "braces and brackets": '{"label": "x"}' + "{[" * (SIZE // 2),
     "references": "<|object_ref_start|>" * (SIZE // 20),
     "references without an end": "<|object_ref_start|>x" * (SIZE // 21),
-    "broken list of objects": "[" + '{"bbox_2d": [1, 2, 3, 4]},' * 900 + " " * SIZE,
+    "list of objects": "[" + '{"bbox_2d": [1, 2, 3, 4]},' * 900 + " " * SIZE + "]",
+    "strings under keys": '"a":"b\\"' * (SIZE // 8) + "[1, 2, 3, 4",
+    "strings in turn": "{'a':\"" * (SIZE // 6) + "[1, 2, 3, 4",
+    "lists of lists": '{"bbox_2d": [' + "[1, 2, 3, 4]," * (SIZE // 13),
 }
 
 
@@ -281,7 +303,7 @@ def test_hostile_text_is_read_in_linear_time(name):
     for box_format in BOX_FORMATS:
         frame = Frame(FRAME_KIND[box_format], 1000, 1000, 1000, 1000)
         answer = parse_boxes(BOMBS[name], frame, box_format)
-        assert bool(answer.boxes_px) == (name == "broken list of objects" and box_format != TOKENS)
+        assert bool(answer.boxes_px) == (name == "list of objects" and box_format != TOKENS)
         assert answer.reason
         for thinking in (None, True, False):
             assert strict_format(BOMBS[name], box_format, thinking) is not None
@@ -293,9 +315,6 @@ PIECES = [
     "<|box_end|>", "<think>", "</think>", "<answer>", "</answer>", "NaN", "-Infinity", "1e9999", "12", "500", "999.5",
     "null", "true", "é", "框", "\x00", "\u202e", "\ud800", "__import__('os')",
 ]
-NUMBER = r"\s*[+-]?[0-9.]+(?:e[+-]?[0-9]+)?\s*"
-HAS_LIST = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
-HAS_CORNERS = re.compile(rf"\({NUMBER},{NUMBER}\)\s*,\s*\({NUMBER},{NUMBER}\)")
 
 
 def fuzzed(rng: random.Random) -> str:
@@ -309,17 +328,17 @@ def fuzzed(rng: random.Random) -> str:
     return text
 
 
-def test_fuzzed_answers_never_crash_and_give_boxes_only_where_four_numbers_stand():
+def test_fuzzed_answers_never_crash_and_give_boxes_only_where_a_slow_reader_finds_them():
     rng = random.Random(20260801)
     outcomes = {"boxes": 0, "none": 0}
     for _ in range(20_000):
         text = fuzzed(rng)
-        for box_format, shape in ((JSON, HAS_LIST), (TOKENS, HAS_CORNERS)):
+        for box_format in (JSON, TOKENS):
             answer = read(text, box_format)
             assert answer.reason and (answer.reason == "ok") == bool(answer.boxes_px)
-            assert shape.search(text) or not answer.boxes_px, text
+            assert not answer.boxes_px or has_box(text, box_format), text
             if strict_format(text, box_format) is None:
-                assert answer.boxes_px, text
+                assert answer.boxes_px and has_form(text, box_format, "rec"), text
             outcomes["boxes" if answer.boxes_px else "none"] += 1
     assert min(outcomes.values()) > 1000
 

@@ -62,6 +62,11 @@ def test_a_written_point_reads_back_inside_its_box(box_format, sizes, data):
     ("pyautogui.click(x=1, y = 2)", [(1, 2)]),
     ("click(start_box='(1,2)')", [(1, 2)]),
     ("[the button](1, 2)", [(1, 2)]),
+    ("(10, 10), (20, 40)", [(15, 25)]),
+    ("[(10, 10),(20, 40)]", [(15, 25)]),
+    ("<|box_start|>(10,10),(20,40)<|box_end|>", [(15, 25)]),
+    ("the middle of it (the button), (1, 2)", [(1, 2)]),
+    ('{"points": [{"point_2d": [1, 2]}, {"point_2d": [3, 4]}]}', [(1, 2), (3, 4)]),
     ("<think>(9, 9)</think><answer>(1, 2)</answer>", [(1, 2)]),
 ])
 def test_points_are_read_as_models_say_them(text, points):
@@ -104,6 +109,11 @@ def test_a_point_knows_the_box_it_is_the_centre_of():
     ("[1e400, 2]", "huge number"),
     ("[1, " + "9" * 100 + "]", "huge number"),
     ('{"bbox_2d": [5, 5, 5, 5]}', "degenerate box"),
+    *((text, "not two numbers") for text in (
+        '{"point_2d": [1, 2]}, {"point_2d": [', '{"point_2d": [1, 2]}, {"point_2d": [3', '{"point_2d": "1, 2"}',
+        '[{"point_2d": [1, 2]}, {"point_2d": null}]', '{"point_2d": [1, 2], "bbox_2d": "1, 2, 3, 4"}',
+        '{"point_2d": [1, 2], "bbox_2d": [1, 2, 3]}', '{"point_2d": [x=1, 2]}',
+        '{"bbox_2d": [[10, 10], [20, 40]]}', "(10,10),(20,4", "[1, 2], [3,", '[{"point_2d": [1, 2]},')),
     ("[1, 2]" * 1001, "too many points"),
     ("(1, 2)" * 1001, "too many points"),
 ])
@@ -115,6 +125,9 @@ def test_unreadable_answers_give_no_point_and_a_reason(text, reason):
 @pytest.mark.parametrize("text, reason", [
     ("", "empty answer"),
     ("<|box_start|><|box_end|>", "not two numbers"),
+    ("<|box_start|>(1,2)", "not two numbers"),
+    ("<|box_start|>(1,2),(3,", "not two numbers"),
+    ("(1,2),(3,", "not two numbers"),
     ("<|box_start|>(1,2,3)<|box_end|>", "not two numbers"),
     ("<|box_start|>(1,2)<|box_end|><|box_start|>", "not two numbers"),
     ("(1,2)" * 1001, "too many points"),

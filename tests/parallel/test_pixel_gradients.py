@@ -49,6 +49,9 @@ ENGINES = [
     Case("TP2 x PP2", StageOptions(freeze_projector=True)),
 ]
 ENGINE_FAMILY = "qwen3_vl"
+ALL_CUT = "TP2 x PP2"
+# one family goes through all layouts, the others through the one that cuts both ways
+COPIES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if family == ENGINE_FAMILY or layout == ALL_CUT]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +72,7 @@ def measured(folders):
     return {key: [rank[key] for rank in ranks] for key in ranks[0]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "layout"), COPIES)
 def test_a_plain_copy_equals_transformers(measured, expected, family, layout):
     for rank in measured[family, layout]:
         _compare(rank["gradients"], expected[family])
@@ -164,7 +166,8 @@ def _measure_all(folders: dict[str, str]) -> dict:
     for layout, sizes in LAYOUTS.items():  # DeepSpeed wants those of one stage first
         context = make_context(*sizes, torch.device("cpu"))
         for family, folder in folders.items():
-            found[family, layout] = _plain(Path(folder), context)
+            if (family, layout) in COPIES:
+                found[family, layout] = _plain(Path(folder), context)
         for case in ENGINES:
             if case.layout == layout:
                 found[case] = _engine(case, Path(folders[ENGINE_FAMILY]), context)

@@ -76,6 +76,35 @@ def test_errors_name_the_option_and_the_file(tmp_path, monkeypatch):
         load_rewards([{"name": "empty.py"}])
 
 
+@pytest.mark.parametrize("content, message", [
+    ("def reward(:\n", "SyntaxError"), ("import sys\nsys.exit(3)\n", "SystemExit: 3"), ("1 / 0\n", "ZeroDivisionError"),
+    ("from json import nothing_of_the_kind\n", "ImportError"),
+])
+def test_a_module_that_fails_is_named_by_file_and_by_dotted_name(content, message, tmp_path, monkeypatch):
+    package = tmp_path / "rewards_that_fail"
+    package.mkdir()
+    (package / "mine.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        for name in ("rewards_that_fail.mine", str(package / "mine.py")):
+            with pytest.raises(ValueError, match=f"fails while it is loaded: {message}") as error:
+                load_module("megavg.rewards", name, "rewards[0].name")
+            assert f"rewards[0].name={name!r}" in str(error.value)
+    finally:
+        sys.modules.pop("rewards_that_fail", None)
+
+
+def test_annotations_and_checks_that_fail_are_named(tmp_path):
+    (tmp_path / "hints.py").write_text("from __future__ import annotations\n\ndef reward(completion: Foo, sample):\n"
+                                       "    pass\n")
+    (tmp_path / "check.py").write_text("def reward(completion, sample, *, a=1):\n    pass\n\n"
+                                       "def check_options():\n    pass\n")
+    with pytest.raises(ValueError, match="annotations of reward cannot be read .NameError: name 'Foo'"):
+        load_rewards([{"name": str(tmp_path / "hints.py")}])
+    with pytest.raises(ValueError, match="check_options fails: TypeError"):
+        load_rewards([{"name": str(tmp_path / "check.py"), "a": 2}])
+
+
 def test_the_command_line_takes_a_file(tmp_path):
     """A wrong option of the example's reward is answered by its own check, before torch is loaded."""
     (tmp_path / "mine.py").write_text(FILE.read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 
 import pytest
@@ -15,6 +14,7 @@ from megavg.ops.box_text import BOX_FORMATS, FRAME_KIND
 from megavg.protocols.plugin import names_in
 from megavg.protocols.sample import TASKS, Completion, Frame, Sample
 from megavg.rewards.base import load_rewards, score
+from tests.rewards.slow_reader import has_box, has_class, has_form, has_point
 
 JSON, PIXELS, TOKENS = BOX_FORMATS
 KING, QUEEN = (100.0, 50.0, 300.0, 150.0), (400.0, 200.0, 600.0, 400.0)
@@ -37,10 +37,6 @@ PIECES = [
     "__import__('os').system('x')", "eval(input())", "lambda: 0", "{{", "%s%n", "${x}", "[" * 50, "{" * 50, "]" * 50,
     '{"a":' * 30, "king", "queen", "click(", "x=1", "\u2028",
 ]
-NUMBER = r"\s*[+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?\s*"
-FOUR = re.compile(rf"[\[(]{NUMBER},{NUMBER},{NUMBER},{NUMBER}[\])]|\({NUMBER},{NUMBER}\)"
-                  rf"\s*,\s*\({NUMBER},{NUMBER}\)")
-TWO = re.compile(rf"[\[(](?:x\s*=)?{NUMBER},\s*(?:y\s*=)?{NUMBER}[\])]")
 
 
 def frame(box_format: str) -> Frame:
@@ -76,12 +72,12 @@ def check(text: str, box_format: str, task: str) -> dict[str, float]:
         assert 0 <= result.score <= 1 and 0 < len(result.reason) <= 40
         if not result.score:
             continue
-        if name == "classification" or task == "classification":
-            real = "king" in text.casefold() if name == "classification" else name == "format" and text.strip()
-        elif name.startswith("point_in_box") or task == "point":
-            real = FOUR.search(text) or TWO.search(text)
+        if name == "classification":
+            real = task == "classification" and has_class(text, "king")
+        elif name == "format":
+            real = has_form(text, box_format, task)
         else:
-            real = FOUR.search(text) or (name == "format" and task == "detection" and "None" in text)
+            real = (has_point if name.startswith("point_in_box") else has_box)(text, box_format)
         assert real, (name, box_format, task, text[:300], result)
     return {name: result.score for name, result in results.items()}
 
@@ -96,13 +92,37 @@ def test_a_hundred_thousand_hostile_answers(seed):
             credited[name] += value > 0
     print(f"{time.process_time() - start:.1f} s of one core; answers with credit: {credited}")
     # Both outcomes must be there, or the check above has checked nothing.
-    assert all(100 < count < 10_000 for count in credited.values()), credited
+    assert all(50 < count < 10_000 for count in credited.values()), credited
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(), st.sampled_from(BOX_FORMATS), st.sampled_from(TASKS))
 def test_any_text_is_judged_without_an_error(text, box_format, task):
     check(text, box_format, task)
+
+
+TWO_BOXES = {
+    "rec": Sample("k", "", None, 640, 480, "it", (KING, QUEEN), {}, "rec"),
+    "detection": SAMPLES["detection"],
+    "point": SAMPLES["point"],
+}
+
+
+@pytest.mark.parametrize("box_format", BOX_FORMATS)
+@pytest.mark.parametrize("task", TWO_BOXES)
+def test_an_answer_that_is_cut_off_earns_nothing(task, box_format):
+    text = format_answer(TWO_BOXES[task], frame(box_format), box_format)
+    texts = {text[:end] for end in range(1, len(text))}
+    if box_format != TOKENS:
+        texts |= {f"```json\n{each}" for each in texts}
+        texts |= {f"<think>so</think><answer>{each}" for each in texts}
+        texts |= {each.replace('"', "'") for each in texts}
+    for each in texts:
+        # Up to the end of a box between its tokens, an answer is a whole one.
+        if not each.endswith("<|box_end|>"):
+            results = check(each, box_format, task)
+            assert not any(value for name, value in results.items() if name != "classification"), (each, results)
+    assert check(text, box_format, task)["iou" if task != "point" else "point_in_box"] > 0.4
 
 
 NUMBERS = st.one_of(st.floats().map(repr), st.integers().map(str),

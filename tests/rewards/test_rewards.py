@@ -205,6 +205,8 @@ def test_the_sum_is_weighted_and_a_reward_listed_twice_keeps_both_results():
     ([{"name": "detection", "mode": "map75"}], "expected one of 'map', 'map50'"),
     ([{"name": "no_such_package.reward"}], "cannot import module 'no_such_package'"),
     ([{"name": "json.decoder"}], "holds no function named reward"),
+    ([{"name": ".foo"}], r"rewards\[0\].name='.foo': expected a dotted name"),
+    ([{"name": ".."}], r"rewards\[0\].name='..': expected a dotted name"),
 ])
 def test_mistakes_in_the_configuration_are_named(config, message):
     with pytest.raises(ValueError, match=message):
@@ -241,10 +243,25 @@ def test_a_dotted_name_loads_a_reward_from_outside(tmp_path, monkeypatch):
             sys.modules.pop(module, None)
 
 
-@pytest.mark.parametrize("result", [RewardResult(math.nan, "ok"), RewardResult(1.0, ""), 1.0])
+@pytest.mark.parametrize("result", [RewardResult(math.nan, "ok"), RewardResult(1.0, ""), 1.0, RewardResult(1.0, None),
+                                    RewardResult("1", "ok"), RewardResult(None, "ok"), RewardResult(math.inf, "ok")])
 def test_a_reward_that_breaks_the_contract_is_named_with_the_sample(result):
     with pytest.raises(ValueError, match="reward 'mine' on sample 'k0'"):
         score(answer("x"), make_sample(), [Term("mine", 1.0, lambda completion, sample: result)])
+
+
+@pytest.mark.parametrize("value", [1.01, 7, -0.5])
+def test_a_score_beyond_0_to_1_is_refused_with_the_remedy(value):
+    with pytest.raises(ValueError, match="reward 'mine' on sample 'k0': expected a score in 0..1.*its weight"):
+        score(answer("x"), make_sample(), [Term("mine", 1.0, lambda completion, sample: RewardResult(value, "ok"))])
+    rounded = [Term("mine", 1.0, lambda completion, sample: RewardResult(1 + 1e-15, "ok"))]
+    assert score(answer("x"), make_sample(), rounded)[0] == pytest.approx(1)
+
+
+def test_a_reward_that_fails_is_named_with_the_sample():
+    with pytest.raises(ValueError, match="reward 'mine' on sample 'k0': ZeroDivisionError: .*zero") as error:
+        score(answer("x"), make_sample(), [Term("mine", 1.0, lambda completion, sample: 1 / 0)])
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
 def test_a_frame_of_another_image_is_refused():

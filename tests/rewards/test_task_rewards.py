@@ -81,11 +81,31 @@ def test_detection_by_label_order_and_score():
     assert detected((BOX, "queen"), (OTHER, "king")) == RewardResult(0.0, "no box right")
     assert detected((BOX, "queen"), (OTHER, "king"), match_labels=False).score == pytest.approx(1)
     assert detected((BOX, None), (OTHER, None)) == RewardResult(0.0, "no label")
-    assert detected((BOX, "king"), (OTHER, "queen"), (BOX, "jack")).score == pytest.approx(2 / 3)
+    assert detected((BOX, "king"), (OTHER, "queen"), (BOX, "jack"), length_penalty=False).score == pytest.approx(2 / 3)
     one = make_sample("detection", (BOX,), ("king",))
-    assert detected((OTHER, "king"), (BOX, "king"), sample=one).score == pytest.approx(0.5)
-    assert detected((OTHER, "king", 0.1), (BOX, "king", 0.9), sample=one).score == pytest.approx(1)
-    assert detected((OTHER, "king", 0.1), (BOX, "king", None), sample=one).score == pytest.approx(0.5)
+    assert by_rank((OTHER, "king"), (BOX, "king"), sample=one).score == pytest.approx(0.5)
+    assert by_rank((OTHER, "king", 0.1), (BOX, "king", 0.9), sample=one).score == pytest.approx(1)
+    assert by_rank((OTHER, "king", 0.1), (BOX, "king", None), sample=one).score == pytest.approx(0.5)
+
+
+def by_rank(*objects, sample) -> RewardResult:
+    """Average precision alone, in which a wrong box after the right ones costs nothing."""
+    return detected(*objects, sample=sample, length_penalty=False)
+
+
+def test_a_label_that_is_no_name_matches_nothing():
+    true_label, other_label = "x" * 201, "y" * 201
+    one = make_sample("detection", (BOX,), (true_label,))
+    assert detected((BOX, other_label), (BOX, "king"), sample=one) == RewardResult(0.0, "no box right")
+    assert detected((BOX, true_label), (BOX, None), (BOX, "king"), sample=one).score == 0
+
+
+@pytest.mark.parametrize("text", ['[{"bbox_2d": [100, 50, 300, 150], "label": "king"}, {"bbox_2d": [1, 1, 3,',
+                                  '[{"bbox_2d": [100, 50, 300, 150], "label": "king"}, {"bbox_2d": null}]'])
+@pytest.mark.parametrize("name", ["iou", "giou", "detection", "point_in_box"])
+def test_a_right_box_before_a_malformed_one_earns_nothing(name, text):
+    result = judged(name, text, make_sample("detection", (BOX,), ("king",)))
+    assert result == RewardResult(0.0, "not two numbers" if name == "point_in_box" else "not four numbers")
 
 
 def test_detection_thresholds_and_length():
@@ -94,9 +114,12 @@ def test_detection_thresholds_and_length():
     assert detected((near, "king"), sample=one).score == pytest.approx(0.5)
     assert detected((near, "king"), sample=one, mode="map50").score == pytest.approx(1)
     many = [(BOX, "king"), *[(OTHER, "king")] * 3]
-    assert detected(*many, sample=one).score == pytest.approx(1)  # average precision forgives what comes after
-    assert detected(*many, sample=one, length_penalty=True).score == pytest.approx(0.25)
-    assert detected((BOX, "king"), length_penalty=True).score == pytest.approx(0.5)  # fewer than true: no penalty
+    # Average precision forgives what comes after; the reward's default does not.
+    assert detected(*many, sample=one, length_penalty=False) == RewardResult(1.0, "extra boxes")
+    assert detected(*many, sample=one) == RewardResult(0.25, "extra boxes")
+    filled = [(BOX, "king"), *[(OTHER, "king")] * 50]
+    assert detected(*filled, sample=one) == RewardResult(pytest.approx(1 / 51), "extra boxes")
+    assert detected((BOX, "king")).score == pytest.approx(0.5)  # fewer than true: no penalty
 
 
 def test_detection_without_labels_in_the_truth_looks_at_boxes_only():
@@ -137,7 +160,8 @@ def test_detection_equals_pycocotools_on_one_picture():
             evaluation.summarize()
         sample = make_sample("detection", [tuple(map(float, each)) for each, _ in truth], [label for _, label in truth])
         for mode, expected in (("map", evaluation.stats[0]), ("map50", evaluation.stats[1])):
-            assert detected(*answers, sample=sample, mode=mode).score == pytest.approx(expected, abs=1e-6)
+            found_map = detected(*answers, sample=sample, mode=mode, length_penalty=False).score
+            assert found_map == pytest.approx(expected, abs=1e-6)
             values.add(round(float(expected), 6))
     assert len(values) > 12
 

@@ -18,7 +18,7 @@ ONE = "TP1"
 WORLDS = {2: {ONE: (1, 1), "TP2": (2, 1), "PP2": (1, 2)}, 4: {"TP4": (4, 1), "TP2 x PP2": (2, 2), "PP4": (1, 4)}}
 FOUR_RANKS = "qwen3_vl"  # the family that goes through all layouts: its deepstack is what pipelines may lose
 LAYOUTS = {layout: sizes for layouts in WORLDS.values() for layout, sizes in layouts.items()}
-NUM_ANSWERS, MAX_NEW_TOKENS = 3, 20
+NUM_ANSWERS, MAX_NEW_TOKENS = 3, 14
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
 TEMPERATURES = (0.7, 1.0)
 PASSES = (1, 3)  # prompts_per_pass for the five prompts, beside all at once
@@ -55,7 +55,7 @@ def test_sampled_logprobs_equal_the_scorers(measured, family):
     for found in (rank for layout in _layouts(family) for rank in measured[family, layout]):
         for temperature in TEMPERATURES:
             assert found["gap to scorer"][temperature] <= 1e-5
-            assert found["gap between micro-batches"][temperature] <= 1e-5
+        assert found["gap between micro-batches"] <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,14 +172,15 @@ def _measure(folder: Path, context) -> dict:
     prompts = _prompts(processor)
     streams = [f"stream {p}" for p in range(len(prompts))]
     found = {"greedy": generator.generate(prompts, 1, GREEDY, streams), "sampled": {}, "passes": {},
-             "gap to scorer": {}, "gap between micro-batches": {}}
+             "gap to scorer": {}}
     for temperature in TEMPERATURES:
         params = SamplingParams(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS)
         sampled = found["sampled"][temperature] = generator.generate(prompts, NUM_ANSWERS, params, streams)
-        sizes = PASSES if context.world_size == 2 else PASSES[1:2]  # more processes than cores take turns
+        # every size in one layout, an uneven one in the others: processes that share cores take turns
+        sizes = PASSES if context.tp_size * context.pp_size == 1 else PASSES[1:2]
         found["passes"][temperature] = [_in_passes(generator, size, prompts, params, streams) for size in sizes]
-        gaps = _gaps(generator, prompts, sampled, temperature)
-        found["gap to scorer"][temperature], found["gap between micro-batches"][temperature] = gaps
+        found["gap to scorer"][temperature] = _gap_to_scorer(generator, prompts, sampled, temperature)
+    found["gap between micro-batches"] = _gap_between_micro_batches(generator, prompts, sampled, temperature)
     found["other streams"] = generator.generate(prompts, NUM_ANSWERS, params, [f"other {s}" for s in streams])
     found["forbidden best"] = _with_forbidden_best(generator, processor, prompts, [GREEDY, params], streams)
     return found
@@ -193,21 +194,28 @@ def _in_passes(generator, size: int, prompts, params, streams):
         generator.prompts_per_pass = before
 
 
-def _gaps(generator, prompts, sampled, temperature: float) -> tuple[float, float]:
-    """Largest difference of log-probs: sampling to scorer, and scorer to scorer one row at a time."""
-    prompt_of_row = [b // NUM_ANSWERS for b in range(len(sampled.responses))]
-    lengths, width = [len(response) for response in sampled.responses], sampled.logprobs.shape[1]
+def _gap_to_scorer(generator, prompts, sampled, temperature: float) -> float:
+    """Largest difference of the log-probs of sampling and of the scorer."""
+    together = _scores(generator, prompts, sampled, temperature, [list(range(len(sampled.responses)))])
+    return float((together - sampled.logprobs).abs().max())
 
-    def scores(rows: list[list[int]]) -> torch.Tensor:
-        """Log-probs [B, width], ``rows`` a micro-batch each."""
-        parts = generator.score(
-            [sum(lengths[b] for b in part) for part in rows],
-            lambda i: generator.builder.build(prompts, [prompt_of_row[b] for b in rows[i]],
-                                              [sampled.responses[b] for b in rows[i]]), temperature)
-        return scatter_rows(torch.cat([logprobs for logprobs, _ in parts]), lengths, width)
 
-    together, alone = scores([list(range(len(lengths)))]), scores([[b] for b in range(len(lengths))])
-    return float((together - sampled.logprobs).abs().max()), float((together - alone).abs().max())
+def _gap_between_micro_batches(generator, prompts, sampled, temperature: float) -> float:
+    """Largest difference of the scorer's log-probs of all rows at once and one row at a time."""
+    rows = range(len(sampled.responses))
+    together, alone = (_scores(generator, prompts, sampled, temperature, parts)
+                       for parts in ([list(rows)], [[b] for b in rows]))
+    return float((together - alone).abs().max())
+
+
+def _scores(generator, prompts, sampled, temperature: float, rows: list[list[int]]) -> torch.Tensor:
+    """Log-probs [B, T] of the sampled answers, ``rows`` a micro-batch each."""
+    lengths = [len(response) for response in sampled.responses]
+    parts = generator.score(
+        [sum(lengths[b] for b in part) for part in rows],
+        lambda i: generator.builder.build(prompts, [b // NUM_ANSWERS for b in rows[i]],
+                                          [sampled.responses[b] for b in rows[i]]), temperature)
+    return scatter_rows(torch.cat([logprobs for logprobs, _ in parts]), lengths, sampled.logprobs.shape[1])
 
 
 def _with_forbidden_best(generator, processor, prompts, all_params, streams) -> list:

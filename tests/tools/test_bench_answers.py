@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ def test_it_measures_every_reward_and_every_text(tmp_path):
         assert float(line.split()[-1].replace(",", "")) > 0
     hostile = lines[lines.index("") + 2:]
     assert len(hostile) > 10 and all(line[26:].split()[0].replace(".", "").isdigit() for line in hostile)
+
+
+def test_every_reader_is_timed():
+    readers = [getattr(read, "func", read).__name__ for read in runpy.run_path(TOOL[1])["all_readers"]()]
+    assert {"read_boxes", "read_points", "strict_format", "class_name", "says_none"} == set(readers)
+    assert readers.count("strict_format") == 8
 
 
 def test_help_comes_without_heavy_libraries():

@@ -129,7 +129,7 @@ def test_shards_beside_the_index(folder, capsys):
     assert check(capsys, folder)[1]["problems"]["by_kind"] == {"unfinished build": 1, "bad index": 1}
     (folder / "index.json").unlink()
     (folder / ".unfinished").rmdir()
-    assert check(capsys, folder)[0] == 0
+    assert check(capsys, folder)[1]["problems"]["by_kind"] == {"no index": 1}
     for path in folder.glob("*.tar"):
         path.unlink()
     (folder / ".unfinished").mkdir()
@@ -231,3 +231,15 @@ def test_bench_shards_measures(tmp_path):
     assert figures["samples"] == 12 and [row["processes"] for row in figures["runs"]] == [1, 2]
     assert all(row["samples_per_second"] > 0 for row in figures["runs"]) and figures["floor_samples_per_second"] > 0
     assert done.stdout.count("\n| ") >= 3
+
+
+def test_a_folder_without_an_index_is_not_all_well(folder, capsys):
+    (folder / "index.json").unlink()
+    (folder / "train-000001.tar").unlink()
+    status, report, text = check(capsys, folder)
+    assert status == 1 and "WRONG: no index" in text and "counts and checksums unchecked" in text
+    assert report["problems"]["by_kind"] == {"no index": 1} and report["without_index"] == []
+    for pattern in (folder / "train-000000.tar", f"{folder}/*.tar"):
+        status, report, text = check(capsys, pattern)
+        assert status == 0 and report["without_index"] == [str(folder)]
+        assert f"note: {folder}: no index.json" in text

@@ -238,5 +238,21 @@ def test_stopped_by_the_keyboard_and_continued(tmp_path):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
     said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and "the same command continues" in said and "Traceback" not in said
+    assert process.returncode == 130 and "without --overwrite, continues" in said and "Traceback" not in said
     assert run(*options, cwd=tmp_path).stdout.startswith("wrote 400 samples in 40 shards")
+
+
+@pytest.mark.parametrize("clip", ["nan", "inf", "-1", "x"])
+def test_clip_is_a_finite_number_of_pixels(tmp_path, clip):
+    done = run("--format", "jsonl", "--annotations", "a", "--out", "x", f"--clip={clip}", cwd=tmp_path)
+    assert done.returncode == 2 and f"'{clip}' is not a finite number of at least 0" in done.stderr
+
+
+def test_a_bad_row_that_no_encoding_holds_is_reported(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    rows = [{"image": name, "width": 40, "height": 30, "objects": [{"bbox": [1, 2, 3, 4], "expression": "x"}]}
+            for name in ("a.png", "\ud800.png")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("--format", "jsonl", "--annotations", "a.jsonl", "--out", "x", "--on-error", "skip", cwd=tmp_path)
+    assert done.returncode == 0 and "left out 1: bad json" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "x" / "left_out.jsonl").read_text())["image"].endswith("\ud800.png")

@@ -20,7 +20,7 @@ def test_a_short_demo_leaves_summary_and_picture(tmp_path):
     out = tmp_path / "demo"
     command = [sys.executable, "tools/run_demo.py", "--out", str(out), "--num-scenes", "64", "--warmup-steps", "2",
                "trainer.num_steps=2", "parallel.tensor_model_parallel_size=2", "algorithm.name=ecvgpo",
-               "evaluation.limit=8", "data.prompts_per_step=4"]
+               "evaluation.limit=8", "data.prompts_per_step=4", "data.check_frame=off"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
 

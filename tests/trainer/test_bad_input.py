@@ -90,6 +90,8 @@ def start_up_mistakes(folder: Path) -> dict[str, tuple[str, str]]:
         "other size": (f"model.path={folder}/other_size", "config.json and the weights do not belong together"),
         "no shards": (f"data.shards=[{folder}/no-*.tar]", f"no shard matches '{folder}/no-*.tar'"),
         "no evaluation shards": (f"evaluation.sets.val=[{folder}/val]", f"no shard matches '{folder}/val'"),
+        "no prompts": (f"data.prompts_file={folder}/no.yaml",
+                       f"cannot read the prompts of {folder}/no.yaml: No such file"),
         "world size": ("parallel.tensor_model_parallel_size=2",
                        "world size 1 is not divisible by tensor_model_parallel_size * pipeline_model_parallel_size"),
         "output is a file": (f"trainer.output_dir={folder}/no_config/tokenizer_config.json", "tokenizer_config.json"),

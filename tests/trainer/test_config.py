@@ -45,8 +45,8 @@ MISTAKES = {
     "unknown option": ("trainer.num_step=5", "unknown option trainer.num_step (did you mean 'num_steps'?)"),
     "unknown nested option": ("parallel.zero.reduce_bucket=5",
                               "unknown option parallel.zero.reduce_bucket (did you mean 'reduce_bucket_size'?)"),
-    "option that nothing is like": ("model.q=5", "unknown option model.q (known: dtype, freeze_projector, "
-                                    "freeze_vision_tower, max_pixels, min_pixels, path)"),
+    "option that nothing is like": ("model.q=5", "unknown option model.q (known: box_format, dtype, "
+                                    "freeze_projector, freeze_vision_tower, max_pixels, min_pixels, path)"),
     "wrong type": ("trainer.num_steps=many", "trainer.num_steps: expected int, got 'many'"),
     "bool is no number": ("optimizer.lr=true", "optimizer.lr: expected float, got True"),
     "number is no bool": ("trainer.resume=1", "trainer.resume: expected bool, got 1"),
@@ -76,6 +76,15 @@ MISTAKES = {
     "prompt without the expression": ("data.prompt=Where is it?", "write {expression} where the expression goes"),
     "prompt with another field": ("data.prompt='{expression} {image}'", "write {expression} where the expression goes"),
     "prompt with an attribute": ("data.prompt='{expression.x}'", "write {expression} where the expression goes"),
+    "prompt of no task": ("data.prompts={pint: '{expression}'}",
+                          "data: prompts: there is no task 'pint' (did you mean 'point'?)"),
+    "prompt of a task without the expression": ("data.prompts.rec=what?", "prompts.rec='what?' cannot be filled in"),
+    "few known boxes": ("data.check_frame_samples=3", "data: check_frame_samples=3 must be at least 4"),
+    "unknown way to check": ("data.check_frame=on", "data.check_frame: 'on' is not one of stop, warn, off"),
+    "unknown box format": ("model.box_format=json_resized", "model: box_format='json_resized' does not exist (did you "
+                           "mean 'json_resized_px'?)"),
+    "thoughts that a reward forbids": ("data.thinking=true rewards=[{name: iou}, {name: format}]".split(" ", 1),
+                                       "rewards[1] (format): data.thinking=true asks for thoughts"),
     "one answer per prompt": ("rollout.group_size=1", "ecvgpo compares answers to one prompt and needs at least 2"),
     "no answer": ("rollout.group_size=0", "rollout: group_size=0 must be at least 1"),
     "layers of other stages": ("parallel.pipeline_layers=[3,4]",
@@ -101,7 +110,7 @@ MISTAKES = {
 @pytest.mark.parametrize("override, message", MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_name_the_option_and_the_remedy(file, override, message):
     with pytest.raises(ConfigError) as caught:
-        parse_command_line(["--config", str(file), override])
+        parse_command_line(["--config", str(file), *([override] if isinstance(override, str) else override)])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -120,7 +129,9 @@ def test_the_command_says_it_in_one_line(file, tmp_path, kind):
 @pytest.mark.parametrize("section, option", [("model", "path"), ("data", "shards"), ("trainer", "output_dir")])
 def test_missing_options(tree, section, option):
     del tree[section][option]
-    with pytest.raises(ConfigError, match=f"missing option {section}.{option}: it has no default"):
+    message = "give either data.shards .* or data.mixture" if section == "data" else \
+        f"missing option {section}.{option}: it has no default"
+    with pytest.raises(ConfigError, match=message):
         resolve(tree)
 
 
@@ -175,6 +186,22 @@ def test_overrides_are_typed(file):
     assert isinstance(config.algorithm.target_entropy, float)
     assert config.model.max_pixels is None and config.data.shards == ["a.tar", "b-{0..3}.tar"]
     assert config.parallel.zero.overlap_comm is True and config.evaluation.sets == {"val": ["c.tar"]}
+
+
+@pytest.mark.parametrize("text, value", [("off", "off"), ("'off'", "off"), ("warn", "warn"), ("stop", "stop")])
+def test_off_is_a_word(file, text, value):
+    """YAML reads it as a boolean."""
+    assert parse_command_line(["--config", str(file), f"data.check_frame={text}"]).data.check_frame == value
+
+
+def test_the_defaults_ask_with_the_familys_own_prompt(tree):
+    del tree["data"]["prompt"], tree["data"]["check_frame"]
+    config = resolve(tree)
+    assert (config.data.prompt, config.data.prompts, config.data.prompts_file) == ("", {}, "")
+    assert (config.data.check_frame, config.data.check_frame_samples, config.model.box_format) == ("stop", 8, "")
+    tree["data"] |= {"thinking": True}
+    tree["rewards"] = [{"name": "format", "thinking": True}]
+    assert resolve(tree).data.thinking
 
 
 def test_later_overrides_win_and_the_tree_is_not_changed(tree):

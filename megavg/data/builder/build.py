@@ -37,7 +37,8 @@ def build_shards(drafts: Iterable[Draft], out_dir: str, options: BuildOptions = 
         drafts: in a fixed order: a second run, and every rank, must get the same ones.
         num_processes: of this rank. With more than one, call this below ``if __name__ == "__main__":``.
         ranks: rank r of R builds the shards r, r + R, ...; all must see the same ``out_dir``.
-        overwrite: replace what ``out_dir`` holds: all its ``*.tar``, index, and another unfinished build.
+        overwrite: replace what ``out_dir`` holds: all its ``*.tar``, index, and unfinished build, even of this
+            very source.
         progress: called on each rank with the numbers of its samples that are done and that it has to do.
 
     Returns:

@@ -71,5 +71,5 @@ def _numbers(boxes: Any) -> Any:
     """Boxes as floats, so that 3 and 3.0 are the same; anything that is no list of boxes as it is."""
     try:
         return [[float(value) for value in box] for box in boxes]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return boxes

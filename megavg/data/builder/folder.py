@@ -28,7 +28,7 @@ class BuildFolder:
         self.unfinished = os.path.join(out_dir, UNFINISHED)
 
     def open(self, overwrite: bool) -> dict[str, Any] | None:
-        """Begin a build, or continue the one that was interrupted; call it on one rank.
+        """Begin a build, or continue the one that was interrupted; call it on one rank. ``overwrite`` begins anew.
 
         Returns:
             The index, when the interrupted build had only its own traces left to clear away; else None.
@@ -38,6 +38,8 @@ class BuildFolder:
         """
         if os.path.exists(self.out_dir) and not os.path.isdir(self.out_dir):
             raise ValueError(f"{self.out_dir} is a file; name a folder")
+        if overwrite:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
         saved, index = _read(os.path.join(self.unfinished, _PLAN)), _read(os.path.join(self.out_dir, INDEX_NAME))
         if saved == self.summary and index is not None and self._published(index):
             shutil.rmtree(self.unfinished)
@@ -65,7 +67,8 @@ class BuildFolder:
             raise ValueError(f"{self.out_dir} holds an unfinished build of another source or with other options "
                              f"({differing or 'fields or pictures of its samples differ'}); give the same ones to "
                              "continue it, add --overwrite to begin anew, or choose another folder")
-        if index is not None or saved is None and os.path.isdir(self.out_dir) and os.listdir(self.out_dir):
+        # Where this very build has begun beside a finished set, it was told to overwrite it.
+        if saved is None and os.path.isdir(self.out_dir) and os.listdir(self.out_dir):
             what = "a finished set" if index is not None else "files and"
             raise ValueError(f"{self.out_dir} is not empty: it holds {what} that this build would replace; add "
                              "--overwrite, or choose another folder")
@@ -77,8 +80,8 @@ class BuildFolder:
         except OSError:
             return ""
         if finished:
-            return (f"; {finished} finished shards are kept in {self.unfinished}, the same command continues after "
-                    "them")
+            return (f"; {finished} finished shards are kept in {self.unfinished}, the same command, without "
+                    "--overwrite, continues after them")
         if num_ranks == 1:  # another rank may still be at work in it
             shutil.rmtree(self.unfinished, ignore_errors=True)
         return ""
@@ -112,7 +115,7 @@ class BuildFolder:
 
     def _write_left_out(self, left_out: list[dict[str, str]]) -> None:
         beside = os.path.join(self.unfinished, LEFT_OUT_NAME)
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
             for row in left_out:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(beside, os.path.join(self.out_dir, LEFT_OUT_NAME))

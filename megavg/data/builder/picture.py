@@ -26,11 +26,12 @@ def open_picture(draft: Draft) -> Picture:
     """Read and decode the picture of ``draft``.
 
     Raises:
-        SampleError: "missing image", "broken image", or the draft's own problem.
+        SampleError: "missing image", "broken image", "rotated picture", or the draft's own problem.
     """
     data = draft.read()
     try:
-        image = decode_image(data, *read_size(data, draft.where, draft.key), draft.where, draft.key)
+        image = decode_image(data, *read_size(data, draft.where, draft.key), draft.where, draft.key,
+                             check_orientation=True)
     except SampleError as error:
         raise SampleError(draft.where, draft.key, error.reason, f"{draft.image}: {error.detail}") from error
     with Image.open(io.BytesIO(data)) as opened:

@@ -59,7 +59,7 @@ def build_shard(job: ShardJob, tick: Callable[[int], None] = lambda count: None)
 
     Returns:
         The entry of the side file: "number", "num_samples", "bytes", "sha256", "fingerprint", "totals" (task, split
-        and label -> name -> count) and "left_out" (rows).
+        and label -> name -> count), "left_out" (rows), "num_units" and "sources", see ``_sources``.
 
     Raises:
         SampleError: with ``on_error="raise"``, the first bad sample, naming its place and key.
@@ -71,13 +71,14 @@ def build_shard(job: ShardJob, tick: Callable[[int], None] = lambda count: None)
         return entry
     left_out: list[dict[str, str]] = []
     totals: dict[str, Counter] = {"task": Counter(), "split": Counter(), "label": Counter()}
-    path = tar_path(job.folder, job.number)
+    path, sources = tar_path(job.folder, job.number), _sources(job)
     # Named after the process: one that was told to die may still write when its successor begins.
     beside = f"{path}.{os.getpid()}.tmp"
     try:
         written = write_tar(beside, _records(job, totals, left_out, tick))
         entry = {"number": job.number, "num_samples": written.num_samples, "bytes": written.num_bytes,
-                 "sha256": written.sha256, "fingerprint": job.fingerprint, "totals": totals, "left_out": left_out}
+                 "sha256": written.sha256, "fingerprint": job.fingerprint, "totals": totals, "left_out": left_out,
+                 "num_units": len(job.units), "sources": sources}
         os.replace(beside, path)
         write_json(entry_path(job.folder, job.number), entry)
     finally:
@@ -89,7 +90,8 @@ def build_shard(job: ShardJob, tick: Callable[[int], None] = lambda count: None)
 def write_json(path: str, value: Any, indent: int | None = None) -> None:
     """Write ``value`` as JSON beside ``path`` and rename it into place."""
     beside = f"{path}.{os.getpid()}.tmp"
-    with open(beside, "w", encoding="utf-8") as file:
+    # A lone surrogate, of a file name or a bad row, becomes its JSON escape.
+    with open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, indent=indent, ensure_ascii=False)
         file.write("\n")
         file.flush()
@@ -98,13 +100,30 @@ def write_json(path: str, value: Any, indent: int | None = None) -> None:
 
 
 def _finished(job: ShardJob) -> dict[str, Any] | None:
-    """The entry of a whole shard of an earlier build; one that left bad samples out does not serve "raise"."""
+    """The entry of a whole shard of an earlier build, if its pictures have not changed since.
+
+    One that left bad samples out does not serve "raise".
+    """
     entry = read_entry(job.folder, job.number, job.fingerprint)
+    if entry is not None and (entry.get("num_units"), entry.get("sources")) != (len(job.units), _sources(job)):
+        return None
     path = tar_path(job.folder, job.number)
     if entry is None or (entry["left_out"] and job.options.on_error == "raise") or not os.path.isfile(path):
         return None
     whole = os.path.getsize(path) == entry["bytes"] and file_sha256(path) == entry["sha256"]
     return entry if whole else None
+
+
+def _sources(job: ShardJob) -> list[list[int]]:
+    """[bytes, mtime_ns] of each picture file of the job, in its order; empty for a file that cannot be looked at."""
+    found = []
+    for path in dict.fromkeys(unit.draft.image.path for unit in job.units if unit.draft.image is not None):
+        try:
+            state = os.stat(path)
+            found.append([state.st_size, state.st_mtime_ns])
+        except (OSError, ValueError):
+            found.append([])
+    return found
 
 
 def _records(job: ShardJob, totals: dict[str, Counter], left_out: list[dict[str, str]],

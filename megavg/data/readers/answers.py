@@ -6,11 +6,12 @@ import json
 import re
 from typing import Any
 
-_NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
-_QUADRUPLE = re.compile(rf"[\[(]({_NUMBER}),({_NUMBER}),({_NUMBER}),({_NUMBER})[\])]")
+_NUMBER = r"\s*-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?\s*"  # as JSON writes numbers
+_QUADRUPLE = re.compile(rf"({_NUMBER}),({_NUMBER}),({_NUMBER}),({_NUMBER})")
 _CORNERS = re.compile(rf"\(({_NUMBER}),({_NUMBER})\)\s*,\s*\(({_NUMBER}),({_NUMBER})\)")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_FENCE = re.compile(r"```(?:\w+)?\s*(.*?)```", re.DOTALL)
+_GROUP = re.compile(r"[\[(]([^\[\]()]*)[\])]")
+_NUMERIC = re.compile(r"(?=[^,]*,)(?=[^0-9]*[0-9])[\s0-9.,;:eE+\-]*")
+_LANGUAGE = re.compile(r"\w+[ \t]*\n|\w+\s*(?=[\[{(])")
 _NOTHING = ("none", "no objects", "[]")
 
 Found = list[tuple[list[float], str | None]]
@@ -20,22 +21,48 @@ def boxes_of(answer: Any) -> Found | None:
     """The boxes of an answer in its own numbers, each with its label or None; [] for "None", None without any.
 
     A value that has the shape of JSON is read as JSON: four numbers, a list of such lists, objects with "bbox_2d" or
-    "bbox" and "label". In other text every [x0, y0, x1, y1] and (x0,y0),(x1,y1) counts.
+    "bbox" and "label". In other text every [x0, y0, x1, y1] and (x0,y0),(x1,y1) counts; other numbers in brackets make
+    the answer unreadable, so that no box of several is lost in silence. What stands before </think> does not count.
     """
     if not isinstance(answer, str):
         return _from_value(answer)
-    inside = _ANSWER.findall(answer)
-    text = (inside[-1] if inside else answer).strip()
-    fenced = _FENCE.search(text)
-    text = fenced.group(1).strip() if fenced else text
+    text = _told(answer)
     if text.strip(" .").lower() in _NOTHING:
         return []
     try:
         return _from_value(json.loads(text))
     except (ValueError, RecursionError):
         pass
-    matches = list(_CORNERS.finditer(text)) or list(_QUADRUPLE.finditer(text))
-    return [([float(number) for number in match.groups()], None) for match in matches] or None
+    return _scanned(text)
+
+
+def _told(answer: str) -> str:
+    """What is said behind </think>, inside the last <answer> and inside the first code fence, as far as there are."""
+    text = answer[answer.rfind("</think>") + len("</think>"):] if "</think>" in answer else answer
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    text = text[start + len("<answer>"):end] if start >= 0 else text
+    opened = text.find("```")
+    closed = text.find("```", opened + 3)
+    if 0 <= opened < closed:
+        text = text[opened + 3:closed]
+        language = _LANGUAGE.match(text)
+        text = text[language.end():] if language else text
+    return text.strip()
+
+
+def _scanned(text: str) -> Found | None:
+    """The boxes of running text in their order; None without any, or where a group of numbers is none."""
+    boxes = [(match.start(), match.groups()) for match in _CORNERS.finditer(text)]
+    # Taken out at equal length, so that the places of the others stay.
+    rest = _CORNERS.sub(lambda match: " " * len(match.group()), text)
+    for group in _GROUP.finditer(rest):
+        numbers = _QUADRUPLE.fullmatch(group.group(1))
+        if numbers:
+            boxes.append((group.start(), numbers.groups()))
+        elif _NUMERIC.fullmatch(group.group(1)):
+            return None
+    return [([float(number) for number in numbers], None) for _, numbers in sorted(boxes)] or None
 
 
 def _from_value(value: Any) -> Found | None:

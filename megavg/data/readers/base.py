@@ -7,8 +7,10 @@ not depend on how many processes build it, and calls :meth:`Draft.load` where th
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import stat
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,7 +23,13 @@ MAX_KEY = 92  # characters, see megavg.data.sample
 
 
 class ImageSource(Protocol):
-    """Where the encoded bytes of one picture come from; picklable, and equal for the same picture."""
+    """Where the encoded bytes of one picture come from; picklable, and equal for the same picture.
+
+    Attributes:
+        path: the file that holds them; a build that continues looks whether it has changed.
+    """
+
+    path: str
 
     def read(self) -> bytes:
         """The bytes of the image file.
@@ -38,16 +46,44 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture in a file of its own."""
+    """A picture in a regular file of its own; ``is_refused`` where it lies outside the folder it should be in."""
 
     path: str
+    is_refused: bool = False
 
     def read(self) -> bytes:
-        with open(self.path, "rb") as file:
+        if self.is_refused:
+            raise OSError("the annotations name a file outside the folder of the pictures; set image_root, or, where "
+                          "you trust them, allow_outside (--allow-outside)")
+        with open(self.path, "rb", opener=_open_regular) as file:
             return file.read()
 
     def __str__(self) -> str:
         return self.path
+
+
+def _open_regular(path: str, flags: int) -> int:
+    number = os.open(path, flags | os.O_NONBLOCK)  # a named pipe is not waited for
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError("not a regular file")
+    return number
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """The folder that the names of pictures are relative to; they may leave it only with ``allow_outside``."""
+
+    root: str
+    allow_outside: bool = False
+
+    def file(self, name: str) -> ImageFile:
+        """The picture ``name``; its ``read`` refuses a name that "..", or its being absolute, leads out of the folder.
+
+        Symbolic links are followed: who can place them in the folder can place pictures there.
+        """
+        path, inside = os.path.join(self.root, name), os.path.join(os.path.abspath(self.root), "")
+        return ImageFile(path, not self.allow_outside and not os.path.abspath(path).startswith(inside))
 
 
 @dataclass(frozen=True)
@@ -86,9 +122,9 @@ class Draft:
             raise SampleError(self.where, self.key, *self.problem)
         try:
             return self.image.read()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL, or that cannot be encoded
             raise SampleError(self.where, self.key, "missing image",
-                              f"{self.image}: {error.strerror or error}") from error
+                              f"{self.image}: {getattr(error, 'strerror', None) or error}") from error
 
     def outline(self, data: bytes | None = None) -> Sample:
         """The checked sample without its picture (``image`` is None): boxes in pixels, overhang cut off.
@@ -117,7 +153,8 @@ class Draft:
         """
         data = self.read() if data is None else data
         sample = self.outline(data)
-        return replace(sample, image=decode_image(data, sample.width, sample.height, self.where, self._name()))
+        return replace(sample, image=decode_image(data, sample.width, sample.height, self.where, self._name(),
+                                                   check_orientation=True))
 
     def _name(self) -> str:
         return f"{self.key}: {self.image}"
@@ -131,11 +168,23 @@ def broken(where: str, key: str, reason: str, detail: str) -> Draft:
 def key_from(*parts: object) -> str:
     """A key that shards accept, from names and numbers that make it unique together; folders and suffixes go.
 
-    A name is cut to 40 characters, and further, the longest first, until the key fits: numbers stay whole.
+    A name is cut to 40 characters, and further, the longest first, until the key fits: numbers stay whole. Behind the
+    last name that lost anything but its folder and ".json" stand 8 digits of a checksum of the whole names.
     """
-    words = [re.sub(r"[^A-Za-z0-9_]+", "_", os.path.splitext(os.path.basename(str(part)))[0]) for part in parts]
-    words = [word.strip("_")[:40] or "x" for word in words]
+    names = [os.path.basename(str(part)) for part in parts]
+    words = [key_word(name) for name in names]
+    lost = [place for place, name in enumerate(names) if name.removesuffix(".json") != words[place]]
+    if sum(map(len, words)) + 9 + len(words) > MAX_KEY:  # any name may be cut further
+        lost = [place for place, part in enumerate(parts) if not isinstance(part, int)]
+    if lost:
+        whole = "\0".join(names[place] for place in lost).encode(errors="backslashreplace")
+        words.insert(lost[-1] + 1, hashlib.sha256(whole).hexdigest()[:8])
     while (excess := sum(map(len, words)) + len(words) - 1 - MAX_KEY) > 0:
         longest = max(range(len(words)), key=lambda place: len(words[place]))
         words[longest] = words[longest][:max(1, len(words[longest]) - excess, len(words[longest]) // 2)]
     return "-".join(words)
+
+
+def key_word(name: str) -> str:
+    """``name`` without folder and suffix, in at most 40 characters of a key: for keys that numbers make unique."""
+    return re.sub(r"[^A-Za-z0-9_]+", "_", os.path.splitext(os.path.basename(name))[0]).strip("_")[:40] or "x"

@@ -7,11 +7,10 @@ and continuous, so that x + width is the exclusive right edge.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, Iterator
 
-from megavg.data.readers.base import Draft, ImageFile, broken, key_from
+from megavg.data.readers.base import Draft, PictureFolder, broken, key_from, key_word
 from megavg.data.readers.files import existing_folder, read_json
 from megavg.data.readers.frames import from_xywh
 from megavg.data.readers.objects import Picture, Thing, check_task, chosen_classes, picture_drafts
@@ -57,7 +56,8 @@ def load_instances(path: str) -> Instances:
 
 
 def read(annotations: str, image_root: str, task: str = "detection", classes: list[str] | None = None,
-         keep_empty: bool = False, keep_crowd: bool = False, clip: float = CLIP_PX) -> Iterator[Draft]:
+         keep_empty: bool = False, keep_crowd: bool = False, clip: float = CLIP_PX,
+         allow_outside: bool = False) -> Iterator[Draft]:
     """Yield the samples of a COCO instances file.
 
     Args:
@@ -69,6 +69,7 @@ def read(annotations: str, image_root: str, task: str = "detection", classes: li
         keep_crowd: take iscrowd annotations as ordinary boxes. Left out by default; a crowd still counts where a
             class must occur once.
         clip: boxes that leave the picture by at most so many pixels are cut at its edge (annotations are rounded).
+        allow_outside: take pictures that the annotations name by absolute paths or "..", wherever they lie.
 
     Raises:
         ValueError: a file or folder is missing, the file is no COCO instances JSON, an unknown class or task.
@@ -92,12 +93,14 @@ def read(annotations: str, image_root: str, task: str = "detection", classes: li
         else:
             yield broken(f"{annotations}: annotation {place}", key_from("annotation", place), *fault)
     for number, image in data.images.items():
-        where, key_parts = f"{annotations}: image {number}", (image["file_name"], number)
+        where = f"{annotations}: image {number}"
+        # The id alone makes the key unique; a text may hold folders, which key_from would leave out.
+        key_parts = (key_word(image["file_name"]), number.replace("/", "|") if isinstance(number, str) else number)
         if number in faults:
             yield broken(where, key_from(*key_parts), *faults[number])
             continue
-        picture = Picture(where, key_parts, ImageFile(os.path.join(image_root, image["file_name"])), things[number],
-                          {"image": image["file_name"], "image_id": number, **size_fields(image)})
+        picture = Picture(where, key_parts, PictureFolder(image_root, allow_outside).file(image["file_name"]),
+                          things[number], {"image": image["file_name"], "image_id": number, **size_fields(image)})
         yield from picture_drafts(picture, task, asked, keep_empty, clip)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Iterator
 
 from megavg.data.readers.answers import boxes_of, classes_of
-from megavg.data.readers.base import Draft, ImageFile, broken, key_from
+from megavg.data.readers.base import Draft, PictureFolder, broken, key_from, key_word
 from megavg.data.readers.coco import CLIP_PX
 from megavg.data.readers.files import check_choice, existing_folder, rows_of
 from megavg.data.readers.frames import check_frame
@@ -39,12 +39,12 @@ class _Options:
     task: str
     question: re.Pattern
     skip_other_turns: bool
-    image_root: str
+    pictures: PictureFolder
     clip: float
 
 
 def read(annotations: str, frame: str, image_root: str | None = None, task: str = "rec", question: str | None = None,
-         skip_other_turns: bool = False, clip: float = CLIP_PX) -> Iterator[Draft]:
+         skip_other_turns: bool = False, clip: float = CLIP_PX, allow_outside: bool = False) -> Iterator[Draft]:
     """Yield one sample per question and answer.
 
     Args:
@@ -58,6 +58,7 @@ def read(annotations: str, frame: str, image_root: str | None = None, task: str 
             ..."), for detection that of VLM-R1 ("... detect the following objects: ...").
         skip_other_turns: pass over questions that do not match. By default each of them is an error.
         clip: boxes that leave the picture by at most so many pixels are cut at its edge.
+        allow_outside: take pictures that the annotations name by absolute paths or "..", wherever they lie.
 
     Raises:
         ValueError: the file or folder is missing, no list of rows, an unknown frame or task, a bad ``question``.
@@ -67,7 +68,7 @@ def read(annotations: str, frame: str, image_root: str | None = None, task: str 
     folder = os.path.dirname(annotations) if image_root is None else existing_folder(image_root, "image_root",
                                                                                      "the pictures")
     pattern = _pattern(question or (OVD_QUESTION if task == "detection" else REC_QUESTION))
-    options = _Options(frame, task, pattern, skip_other_turns, folder, clip)
+    options = _Options(frame, task, pattern, skip_other_turns, PictureFolder(folder, allow_outside), clip)
     for place, number, row, problem in rows_of(annotations):
         where = f"{annotations}: {place}"
         fault = ("bad json", problem) if problem else _fault(row)
@@ -134,13 +135,16 @@ def _row_drafts(row: dict[str, Any], where: str, number: int, options: _Options)
         known["dataset"] = row["dataset_name"]
     known.update({side: row[side] for side in ("width", "height") if isinstance(row.get(side), int)})
     for turn, (asked, answer) in enumerate(_pairs(row)):
-        spot, key = f"{where} turn {turn}", key_from(image, number, turn)
+        spot, key = f"{where} turn {turn}", key_from(key_word(image), number, turn)
         if not isinstance(asked, str) or answer is None:
             yield broken(spot, key, "missing field",
                          f"expected a question and its answer, got {asked!r} and {answer!r}")
             continue
         match = options.question.fullmatch(asked.replace("<image>", "").strip())
         caption = None if "conversations" in row or "messages" in row else row.get("normal_caption")
+        if caption is not None and not isinstance(caption, str):
+            yield broken(spot, key, "missing field", f"'normal_caption' must be a text, got {caption!r}")
+            continue
         if match is None and not caption:
             if not options.skip_other_turns:
                 yield broken(spot, key, "bad json", f"the question {asked!r} does not match "
@@ -151,16 +155,15 @@ def _row_drafts(row: dict[str, Any], where: str, number: int, options: _Options)
         if fault:
             yield broken(spot, key, *fault)
         else:
-            yield Draft(spot, key, ImageFile(os.path.join(options.image_root, image)),
-                        {**known, "source_frame": options.frame, **fields}, box_frame=options.frame,
-                        clip_px=options.clip)
+            yield Draft(spot, key, options.pictures.file(image), {**known, "source_frame": options.frame, **fields},
+                        box_frame=options.frame, clip_px=options.clip)
 
 
 def _answer_fields(expression: str, answer: Any, options: _Options) -> tuple[dict[str, Any], Any]:
     """(fields, None) of a question with its answer, or ({}, (reason, detail))."""
     found = boxes_of(answer)
     if found is None:
-        return {}, ("bad json", f"no box in the answer {answer!r}")
+        return {}, ("bad json", f"no box in the answer {answer!r}, or brackets whose numbers are no box")
     fields: dict[str, Any] = {"expression": expression.strip(), "boxes_xyxy_px": [box for box, _ in found]}
     if options.task != "rec":
         fields["task"] = options.task

@@ -21,6 +21,7 @@ from megavg.data.sample import SampleError
 PIXELS = "pixels"
 FRAMES = (PIXELS, "relative_1", "relative_1000", "relative_1_square")
 LAYOUTS = ("xyxy", "xywh")
+_MAX_SIDE = 2**31 - 1  # of a PNG, the largest of the formats that shards hold
 
 
 def check_frame(frame: str) -> None:
@@ -43,12 +44,15 @@ def boxes_to_px(boxes: Any, frame: str, width: Any, height: Any, clip_px: float,
     What is not four numbers stays as it is: ``megavg.data.sample.check_boxes`` refuses it in words.
 
     Raises:
-        SampleError: a box does not fit into its frame ("box outside image"), or lies within the first pixel although
-            it should be counted in pixels or thousandths ("empty box"); the frames that it would fit are named.
+        SampleError: the picture is larger than any format allows ("bad json"); a box does not fit into its frame ("box
+            outside image"), or lies within the first pixel although it should be counted in pixels or thousandths
+            ("empty box"); the frames that it would fit are named.
     """
     sizes_are_known = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (width, height))
     if not isinstance(boxes, (list, tuple)) or not sizes_are_known:
         return boxes
+    if max(width, height) > _MAX_SIDE:
+        raise SampleError(where, key, "bad json", f"a width or height of more than {_MAX_SIDE} pixels is no picture's")
     return [_box_to_px(box, frame, width, height, clip_px, where, key) if _are_numbers(box) else box for box in boxes]
 
 
@@ -68,9 +72,9 @@ def _box_to_px(box: Sequence[float], frame: str, width: int, height: int, clip_p
 
 
 def _scaled(box: Sequence[float], frame: str, width: int, height: int) -> list[float]:
-    x0, y0, x1, y1 = box
     if frame == PIXELS:
-        return [x0, y0, x1, y1]
+        return list(box)
+    x0, y0, x1, y1 = map(float, box)
     if frame == "relative_1_square":
         side = max(width, height)
         # expand2square pastes at whole pixels.

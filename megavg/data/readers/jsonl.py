@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Iterator
 
-from megavg.data.readers.base import Draft, ImageFile, broken
+from megavg.data.readers.base import Draft, ImageFile, PictureFolder, broken
 from megavg.data.readers.coco import CLIP_PX
 from megavg.data.readers.files import check_choice, existing_folder, json_lines
 from megavg.data.readers.objects import Picture, Thing, check_task, chosen_classes, picture_drafts
@@ -28,13 +28,13 @@ class _Options:
     with_labels: bool
     classes: tuple[str, ...]
     keep_empty: bool
-    image_root: str
+    pictures: PictureFolder
     clip: float
 
 
 def read(annotations: str, split: str | None = None, task: str = "rec", expression: str = "given",
          classes: list[str] | None = None, keep_empty: bool = False, image_root: str | None = None,
-         clip: float = CLIP_PX) -> Iterator[Draft]:
+         clip: float = CLIP_PX, allow_outside: bool = False) -> Iterator[Draft]:
     """Yield the samples of a JSONL file.
 
     Task "rec" and "point": one sample per expression of an object; an object without one is passed over. Tasks
@@ -50,6 +50,7 @@ def read(annotations: str, split: str | None = None, task: str = "rec", expressi
         keep_empty: with task=detection, keep pictures without any of the classes; the right answer is "None".
         image_root: the folder that image paths are relative to; None: that of the file.
         clip: boxes that leave the picture by at most so many pixels are cut at its edge.
+        allow_outside: take pictures that the annotations name by absolute paths or "..", wherever they lie.
 
     Raises:
         ValueError: the file or folder is missing, no line has ``split``, an unknown class or task.
@@ -60,15 +61,18 @@ def read(annotations: str, split: str | None = None, task: str = "rec", expressi
                                                                                      "the pictures")
     by_label = task in ("detection", "classification") or expression == "label"
     asked = _asked(annotations, classes) if by_label else ()
-    options = _Options(task, expression == "label", asked, keep_empty, folder, clip)
+    options = _Options(task, expression == "label", asked, keep_empty, PictureFolder(folder, allow_outside),
+                       clip)
     splits: set[str] = set()
     for number, row, problem in json_lines(annotations):
+        if isinstance(row, dict):
+            splits.add(str(row.get("split")))
+            if split is not None and row.get("split") != split:  # its faults are no concern of this split
+                continue
         fault = ("bad json", problem) if problem else _fault(row)
         if fault:
             yield broken(f"{annotations}: line {number}", _key("line", number, 0, 0), *fault)
-            continue
-        splits.add(str(row.get("split")))
-        if split is None or row.get("split") == split:
+        else:
             yield from _row_drafts(row, f"{annotations}: line {number}", number, options)
     if split is not None and split not in splits:
         raise ValueError(f"{annotations}: no line has split {split!r}; the file has {sorted(splits)}")
@@ -97,7 +101,7 @@ def _fault(row: Any) -> tuple[str, str] | None:
 
 
 def _row_drafts(row: dict[str, Any], where: str, number: int, options: _Options) -> Iterator[Draft]:
-    image = ImageFile(os.path.join(options.image_root, row["image"]))
+    image = options.pictures.file(row["image"])
     known = {"source": row.get("source", ""), **_meta(row), "image": row["image"], "width": row["width"],
              "height": row["height"]}
     by_picture = options.task in ("detection", "classification")

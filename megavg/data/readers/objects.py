@@ -82,19 +82,21 @@ def picture_drafts(picture: Picture, task: str, classes: Sequence[str], keep_emp
         if kept or (keep_empty and not things):
             boxes = [thing for _, thing in kept]
             objects = {"objects": [thing.meta for thing in boxes]} if any(thing.meta for thing in boxes) else {}
-            yield _draft(picture, picture.key_parts, clip_px, expression=question, task=task, **objects,
-                         boxes_xyxy_px=[thing.box for thing in boxes], labels=[thing.label for thing in boxes])
+            yield _draft(picture, picture.key_parts, clip_px, {
+                "expression": question, "task": task, **objects, "boxes_xyxy_px": [thing.box for thing in boxes],
+                "labels": [thing.label for thing in boxes]})
     elif task == "classification":
         if len(counts) == 1 and kept:
-            yield _draft(picture, picture.key_parts, clip_px, expression=question, task=task, boxes_xyxy_px=[],
-                         labels=list(counts))
+            yield _draft(picture, picture.key_parts, clip_px, {
+                "expression": question, "task": task, "boxes_xyxy_px": [], "labels": list(counts)})
     else:
         asked = {"task": task} if task != "rec" else {}
         for place, thing in kept:
             if counts[thing.label] == 1:
-                yield _draft(picture, (*picture.key_parts, place), clip_px, **thing.meta, **asked, label=thing.label,
-                             expression=f"the {thing.label}", boxes_xyxy_px=[thing.box])
+                yield _draft(picture, (*picture.key_parts, place), clip_px, {
+                    **thing.meta, **asked, "label": thing.label, "expression": f"the {thing.label}",
+                    "boxes_xyxy_px": [thing.box]})
 
 
-def _draft(picture: Picture, key_parts: tuple[Any, ...], clip_px: float, **fields: Any) -> Draft:
+def _draft(picture: Picture, key_parts: tuple[Any, ...], clip_px: float, fields: dict[str, Any]) -> Draft:
     return Draft(picture.where, key_from(*key_parts), picture.image, {**picture.fields, **fields}, clip_px=clip_px)

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Iterator
 
-from megavg.data.readers.base import Draft, broken, key_from
+from megavg.data.readers.base import Draft, PictureFolder, broken, key_from, key_word
 from megavg.data.readers.coco import CLIP_PX
 from megavg.data.readers.files import check_choice, existing_folder
 from megavg.data.readers.frames import LAYOUTS, check_frame, from_xywh
@@ -28,7 +28,7 @@ class ParquetImage:
     row_group: int
     row: int
     column: str
-    image_root: str
+    folder: PictureFolder
 
     def read(self) -> bytes:
         """The bytes in the row, or of the file that it names."""
@@ -42,8 +42,7 @@ class ParquetImage:
             return data
         if not isinstance(path, str):
             raise OSError(f"the column {self.column!r} holds neither bytes nor a path")
-        with open(os.path.join(self.image_root, path), "rb") as file:
-            return file.read()
+        return self.folder.file(path).read()
 
     def __str__(self) -> str:
         return f"{self.path} row group {self.row_group} row {self.row}"
@@ -73,15 +72,17 @@ class _Columns:
 def read(annotations: str, frame: str, bbox_format: str, expression_column: str | None = None,
          bbox_column: str = "bbox", image_column: str = "image", label_column: str | None = None,
          class_names: list[str] | None = None, meta_columns: list[str] | None = None, split: str | None = None,
-         task: str = "rec", image_root: str | None = None, clip: float = CLIP_PX) -> Iterator[Draft]:
+         task: str = "rec", image_root: str | None = None, clip: float = CLIP_PX,
+         allow_outside: bool = False) -> Iterator[Draft]:
     """Yield the samples of parquet files, row group by row group; pictures are read later.
 
     Args:
         annotations: a file, a folder (with everything below it) or a glob of .parquet files.
         frame: what the boxes are counted in: pixels, relative_1, relative_1000 or relative_1_square.
         bbox_format: "xyxy" (corners) or "xywh" (corner, width, height).
-        expression_column: what to find; a list of texts gives one sample each. With task=detection it may be left
-            out: the classes are then those of class_names.
+        expression_column: what to find. A list of texts gives one sample each: with as many boxes as texts each
+            text has its own box, with one box all have that one. With task=detection it may be left out: the
+            classes are then those of class_names.
         bbox_column: four numbers, or a list of boxes.
         image_column: {"bytes", "path"}, or a path.
         label_column: with task=detection, the class of each box: a text, or a number of ``class_names``.
@@ -91,6 +92,7 @@ def read(annotations: str, frame: str, bbox_format: str, expression_column: str 
         task: "rec", "point" or "detection".
         image_root: the folder that paths in the image column are relative to; None: that of the file.
         clip: boxes that leave the picture by at most so many pixels are cut at its edge.
+        allow_outside: take pictures that the annotations name by absolute paths or "..", wherever they lie.
 
     Raises:
         ValueError: pyarrow is missing, there are no such files, a column is missing, an unknown frame or task.
@@ -107,8 +109,8 @@ def read(annotations: str, frame: str, bbox_format: str, expression_column: str 
     for place, path in enumerate(paths):
         root = image_root if image_root is not None else os.path.dirname(path)
         for group, row, values in _rows(path, columns):
-            image = ParquetImage(path, group, row, image_column, root)
-            for draft in _row_drafts(values, image, (path, place, group, row), columns, bbox_format, names):
+            image = ParquetImage(path, group, row, image_column, PictureFolder(root, allow_outside))
+            for draft in _row_drafts(values, image, (key_word(path), place, group, row), columns, bbox_format, names):
                 yield replace(draft, fields={**known, **draft.fields}, box_frame=frame, clip_px=clip)
 
 
@@ -216,8 +218,15 @@ def _row_drafts(values: dict[str, Any], image: ParquetImage, key_parts: tuple[An
         texts = [", ".join(map(str, texts))]
     if not texts:
         yield broken(str(image), key_from(*key_parts), "missing field", f"no text in {columns.expression!r}")
+    # Several texts and several boxes are lists side by side, as in {"bbox": [...], "caption": [...]}.
+    are_pairs = min(len(texts), len(boxes) if isinstance(boxes, list) else 0) > 1
+    if are_pairs and len(texts) != len(boxes):
+        yield broken(str(image), key_from(*key_parts), "bad labels", f"{len(texts)} texts and {len(boxes)} boxes: "
+                     "which box belongs to which text? Expected as many of each, or one of either")
+        return
     for turn, text in enumerate(texts):
-        yield Draft(str(image), key_from(*key_parts, turn), image, {**fields, "expression": text})
+        own = {"boxes_xyxy_px": [boxes[turn]]} if are_pairs else {}
+        yield Draft(str(image), key_from(*key_parts, turn), image, {**fields, **own, "expression": text})
 
 
 def _plain(value: Any) -> Any:

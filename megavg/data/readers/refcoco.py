@@ -20,7 +20,7 @@ import os
 import re
 from typing import Any, Iterator
 
-from megavg.data.readers.base import Draft, ImageFile, broken, key_from
+from megavg.data.readers.base import Draft, PictureFolder, broken, key_from
 from megavg.data.readers.coco import CLIP_PX, Instances, load_instances, size_fields
 from megavg.data.readers.files import existing_folder
 from megavg.data.readers.frames import from_xywh
@@ -30,7 +30,8 @@ _REF_FIELDS = ("ref_id", "ann_id", "split", "sentences")
 
 
 def read(annotations: str, image_root: str, split: str | None = None, instances: str | None = None,
-         dataset: str | None = None, clip: float = CLIP_PX) -> Iterator[Draft]:
+         dataset: str | None = None, clip: float = CLIP_PX,
+         allow_outside: bool = False) -> Iterator[Draft]:
     """Yield one sample per sentence of a refs file.
 
     Meta holds dataset, split_by, split, ref_id, sent_id, ann_id, category, image_id and image.
@@ -42,6 +43,7 @@ def read(annotations: str, image_root: str, split: str | None = None, instances:
         instances: the COCO instances file; None: instances.json beside the pickle.
         dataset: the name for the records; None: the name of the pickle's folder.
         clip: boxes that leave the picture by at most so many pixels are cut at its edge (annotations are rounded).
+        allow_outside: take pictures that the annotations name by absolute paths or "..", wherever they lie.
 
     Raises:
         ValueError: a file or folder is missing, the pickle is refused or is no list of refs, an unknown split.
@@ -59,7 +61,8 @@ def read(annotations: str, image_root: str, split: str | None = None, instances:
     meta = {"dataset": dataset or os.path.basename(folder), "split_by": split_by.group(1) if split_by else ""}
     for place, ref in enumerate(refs):
         if split is None or not isinstance(ref, dict) or ref.get("split", split) == split:
-            yield from _ref_drafts(ref, place, annotations, meta, data, by_id, image_root, clip)
+            yield from _ref_drafts(ref, place, annotations, meta, data, by_id,
+                                   PictureFolder(image_root, allow_outside), clip)
 
 
 def _ref_list(path: str) -> list[Any]:
@@ -71,17 +74,18 @@ def _ref_list(path: str) -> list[Any]:
 
 
 def _ref_drafts(ref: Any, place: int, path: str, meta: dict[str, Any], data: Instances, by_id: dict[Any, Any],
-                image_root: str, clip: float) -> Iterator[Draft]:
+                pictures: PictureFolder, clip: float) -> Iterator[Draft]:
     fault = _fault(ref, data, by_id)
     if fault:
         number = ref.get("ref_id", place) if isinstance(ref, dict) else place
         yield broken(f"{path}: ref {number}", key_from("ref", place), *fault)
         return
     annotation = by_id[ref["ann_id"]]
+    category = annotation.get("category_id")
     image = data.images[annotation["image_id"]]
     known = {**meta, "split": ref["split"], "ref_id": ref["ref_id"], "ann_id": ref["ann_id"],
              "image": image["file_name"], "image_id": image["id"], **size_fields(image),
-             "category": data.categories.get(annotation.get("category_id"), "")}
+             "category": data.categories.get(category, "") if isinstance(category, (int, str)) else ""}
     # "refcoco" and "refcoco+" must not give the same keys.
     name = meta["dataset"].replace("+", "plus")
     for turn, sentence in enumerate(ref["sentences"]):
@@ -92,7 +96,7 @@ def _ref_drafts(ref: Any, place: int, path: str, meta: dict[str, Any], data: Ins
         if expression is None:
             yield broken(where, key, "missing field", f"expected a sentence with 'sent' or 'raw', got {sentence!r}")
             continue
-        yield Draft(where, key, ImageFile(os.path.join(image_root, image["file_name"])),
+        yield Draft(where, key, pictures.file(image["file_name"]),
                     {**known, "sent_id": sentence.get("sent_id", turn), "expression": expression,
                      "boxes_xyxy_px": [from_xywh(annotation.get("bbox"))]}, clip_px=clip)
 

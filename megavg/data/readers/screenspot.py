@@ -22,7 +22,7 @@ import os
 import re
 from typing import Any, Iterator
 
-from megavg.data.readers.base import Draft, ImageFile, broken, key_from
+from megavg.data.readers.base import Draft, PictureFolder, broken, key_from
 from megavg.data.readers.coco import CLIP_PX
 from megavg.data.readers.files import check_choice, first_folder, read_json
 from megavg.data.readers.frames import from_xywh
@@ -37,7 +37,7 @@ _IMAGES = {"v1": ("screenspot_imgs", "images"), "v2": ("screenspotv2_image", "im
 
 
 def read(annotations: str, image_root: str | None = None, version: str = "auto", language: str = "en",
-         clip: float = CLIP_PX) -> Iterator[Draft]:
+         clip: float = CLIP_PX, allow_outside: bool = False) -> Iterator[Draft]:
     """Yield one sample of task "point" per row.
 
     Meta holds dataset (screenspot, screenspot-v2, screenspot-pro), platform (mobile, desktop, web; of Pro windows,
@@ -49,6 +49,7 @@ def read(annotations: str, image_root: str | None = None, version: str = "auto",
         version: "v1", "v2" or "pro"; "auto" takes the version that names and fields prove, or stops.
         language: of the instruction, "en" or (Pro) "cn".
         clip: boxes that leave the picture by at most so many pixels are cut at its edge.
+        allow_outside: take pictures that the annotations name by absolute paths or "..", wherever they lie.
 
     Raises:
         ValueError: a file or folder is missing, no list of rows, or the version cannot be told.
@@ -72,7 +73,7 @@ def read(annotations: str, image_root: str | None = None, version: str = "auto",
                               "image_root", "the pictures of ScreenSpot " + chosen)
     for path, rows in files:
         for number, row in enumerate(rows):
-            yield _draft(path, number, row, chosen, language, image_root, clip)
+            yield _draft(path, number, row, chosen, language, PictureFolder(image_root, allow_outside), clip)
 
 
 def _paths(annotations: str, version: str) -> list[str]:
@@ -103,7 +104,8 @@ def _version_of(path: str, rows: list[Any], version: str) -> str:
     return version
 
 
-def _draft(path: str, number: int, row: Any, version: str, language: str, image_root: str, clip: float) -> Draft:
+def _draft(path: str, number: int, row: Any, version: str, language: str, pictures: PictureFolder,
+           clip: float) -> Draft:
     where = f"{path}: item {number}"
     key = key_from("screenspot", version, path, number)
     missing = [name for name in _ROW_FIELDS[version] if not isinstance(row, dict) or name not in row]
@@ -125,4 +127,4 @@ def _draft(path: str, number: int, row: Any, version: str, language: str, image_
         platform = _NAME.fullmatch(os.path.basename(path)).group(1)
         fields.update(dataset="screenspot" + ("-v2" if version == "v2" else ""), platform=platform,
                       data_source=row["data_source"], boxes_xyxy_px=[from_xywh(row["bbox"])])
-    return Draft(where, key, ImageFile(os.path.join(image_root, row["img_filename"])), fields, clip_px=clip)
+    return Draft(where, key, pictures.file(row["img_filename"]), fields, clip_px=clip)

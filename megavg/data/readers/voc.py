@@ -8,12 +8,13 @@ W, H. Here that is 0, 0, W, H. Many tools write corners counted from 0 that alre
 
 from __future__ import annotations
 
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from typing import Any, Iterator
 
-from megavg.data.readers.base import Draft, ImageFile, broken, key_from
+from megavg.data.readers.base import Draft, PictureFolder, broken, key_from
 from megavg.data.readers.coco import CLIP_PX
 from megavg.data.readers.files import existing_folder, first_folder
 from megavg.data.readers.objects import Picture, Thing, check_task, chosen_classes, picture_drafts
@@ -37,7 +38,8 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 def read(annotations: str, split: str | None = None, task: str = "detection", classes: list[str] | None = None,
          keep_empty: bool = False, skip_difficult: bool = False, skip_truncated: bool = False,
-         zero_based: bool = False, image_root: str | None = None, clip: float = CLIP_PX) -> Iterator[Draft]:
+         zero_based: bool = False, image_root: str | None = None, clip: float = CLIP_PX,
+         allow_outside: bool = False) -> Iterator[Draft]:
     """Yield the samples of a VOC folder, in the order of the names.
 
     Args:
@@ -52,6 +54,7 @@ def read(annotations: str, split: str | None = None, task: str = "detection", cl
         zero_based: take the corners as they are, without the shift from VOC's counting.
         image_root: the folder of the pictures; None: JPEGImages beside Annotations.
         clip: boxes that leave the picture by at most so many pixels are cut at its edge.
+        allow_outside: take pictures that the annotations name by absolute paths or "..", wherever they lie.
 
     Raises:
         ValueError: a folder or file is missing, an unknown split, class or task.
@@ -76,7 +79,7 @@ def read(annotations: str, split: str | None = None, task: str = "detection", cl
             yield broken(where, key_from("voc", name), *fault)
             continue
         fields, things = content
-        picture = Picture(where, (name,), ImageFile(os.path.join(image_root, fields["image"])), things,
+        picture = Picture(where, (name,), PictureFolder(image_root, allow_outside).file(fields["image"]), things,
                           {**fields, **({"split": split} if split else {})})
         yield from picture_drafts(picture, task, asked, keep_empty, clip)
 
@@ -115,10 +118,12 @@ def _fields(root: ElementTree.Element, name: str) -> dict[str, Any]:
     # VOC2007 to 2012 write the suffix, some tools leave it out.
     fields: dict[str, Any] = {"image": image if os.path.splitext(image)[1] else image + ".jpg"}
     for side in ("width", "height"):
-        number = int(_number(root.findtext(f"size/{side}") or "0", side))
+        number = _number(root.findtext(f"size/{side}") or "0", side)
+        if not math.isfinite(number):
+            raise ValueError(f"{side} is no number of pixels but {number}")
         # Some tools write 0 where they do not know the size.
-        if number:
-            fields[side] = number
+        if int(number):
+            fields[side] = int(number)
     return fields
 
 

@@ -164,3 +164,35 @@ def test_without_pyarrow_the_remedy_is_named(write):
 def test_importing_the_readers_does_not_import_pyarrow():
     code = "import sys, megavg.data.readers.parquet\nassert 'pyarrow' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+SIDE_BY_SIDE = {"bbox": [[1.0, 2.0, 10.0, 10.0], [5.0, 4.0, 8.0, 7.0]], "caption": ["left cat", "right dog"]}
+
+
+@pytest.mark.parametrize("task", ["rec", "point"])
+def test_texts_and_boxes_side_by_side_are_pairs(write, task):
+    options = {"bbox_column": "objects.bbox", "expression_column": "objects.caption", "task": task}
+    path = write([{"image": "a.png", "objects": SIDE_BY_SIDE}])
+    samples = [draft.load() for draft in parquet.read(path, "pixels", "xyxy", **options)]
+    assert [(s.expression, s.boxes_xyxy_px) for s in samples] == [
+        ("left cat", ((1.0, 2.0, 10.0, 10.0),)), ("right dog", ((5.0, 4.0, 8.0, 7.0),))]
+    for changes, wanted in (({"caption": ["both"]}, [("both", 2)]), ({"bbox": SIDE_BY_SIDE["bbox"][:1]},
+                                                                     [("left cat", 1), ("right dog", 1)])):
+        path = write([{"image": "a.png", "objects": {**SIDE_BY_SIDE, **changes}}])
+        samples = [draft.load() for draft in parquet.read(path, "pixels", "xyxy", **options)]
+        assert [(s.expression, len(s.boxes_xyxy_px)) for s in samples] == wanted
+    path = write([{"image": "a.png", "objects": {**SIDE_BY_SIDE, "caption": ["a", "b", "c"]}}])
+    (draft,) = parquet.read(path, "pixels", "xyxy", **options)
+    with pytest.raises(SampleError, match="bad labels: 3 texts and 2 boxes"):
+        draft.load()
+
+
+def test_a_path_in_a_row_does_not_leave_its_folder(write, tmp_path, picture):
+    picture("secret.png")
+    pq.write_table(pa.Table.from_pylist([{**row(0), "image": "../secret.png"}]),
+                   Path(write([row(0)])).with_name("x.parquet"))
+    (draft,) = parquet.read(str(tmp_path / "data" / "x.parquet"), **ASKED)
+    with pytest.raises(SampleError, match="missing image: .*outside the folder of the pictures"):
+        draft.load()
+    (draft,) = parquet.read(str(tmp_path / "data" / "x.parquet"), **ASKED, allow_outside=True)
+    assert draft.load().image.size == (40, 30)

@@ -1,0 +1,28 @@
+"""What the entries share: errors that a user can mend end in one line, and processes part as friends."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def tell(error: Exception) -> int:
+    """Print what a user can mend as one message, without a traceback unless MEGAVG_TRACEBACK=1 asks for it; 2.
+
+    A wrong option is seen by every rank alike and told by the first; a file may be missing on one machine alone.
+    """
+    if os.environ.get("MEGAVG_TRACEBACK") == "1":
+        raise error
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or isinstance(error, OSError):
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+    return 2
+
+
+def part(code: int) -> int:
+    """Leave the process group, where there is one, as the last thing a process does; returns ``code``."""
+    if "megavg.parallel.mcore" in sys.modules:  # not after a typo, for which torch is not loaded
+        from megavg.parallel.mcore import stop_processes
+
+        stop_processes()
+    return code
