@@ -5,9 +5,9 @@
     python tools/bench_answers.py --length 1000000
 
 The hostile ones go through all that reads model text: boxes, points, the class, "None", and the strict form of every
-task; the slowest of them counts. Reading is linear in the length of an answer, so twice the length takes about twice the
-time; a ratio above 3 is marked. Times are those of this process on the CPU, the least of the repeats. Take them on an
-idle machine.
+task; the slowest of them counts. Reading is linear in the length of an answer, so twice the length takes about twice
+the time; a ratio above 3 is marked. Times are those of this process on the CPU, the least of the repeats. Take them on
+an idle machine.
 """
 
 from __future__ import annotations

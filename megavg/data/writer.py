@@ -36,8 +36,8 @@ def write_shards(samples: Iterable[Sample], out_dir: str, prefix: str, samples_p
                  image_format: str = "png") -> dict:
     """Write ``samples`` as ``<prefix>-000000.tar``, ... and ``index.json`` into ``out_dir``; return the index.
 
-    For samples made in memory. From files on disk, ``megavg.data.builder.build.build_shards`` uses many processes, continues
-    after a kill and keeps the pictures' own bytes.
+    For samples made in memory. From files on disk, ``megavg.data.builder.build.build_shards`` uses many processes,
+    continues after a kill and keeps the pictures' own bytes.
 
     Every file is first written beside its place (".tmp"); all are renamed when the last sample has been written, so
     that a failure leaves the folder as it was. Older shards of the same prefix are replaced as a set.

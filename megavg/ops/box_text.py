@@ -86,7 +86,8 @@ def parse_boxes(text: str, frame: Frame, box_format: str) -> ParsedBoxes:
 
     A key in quotes and a colon with anything but a list of numbers behind them (or a list of such lists), or a box
     token without ``<|box_end|>``, is a malformed box. So is what an answer breaks off with: one that ends inside of an
-    object or a list has no box at all, also where earlier boxes are whole.
+    object or a list, or after a reference to a thing whose box is missing, has no box at all, also where earlier boxes
+    are whole.
 
     The label of a box is the string under ``label``, ``class``, ``class_name``, ``category`` or ``name`` in the same
     JSON object, or the last ``<|object_ref_start|>name<|object_ref_end|>`` before it; its score the number under

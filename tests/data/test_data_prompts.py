@@ -125,3 +125,11 @@ def test_what_a_run_wrote_reads_back(tmp_path):
         assert again.texts == prompts.texts and set(again.sources.values()) == {str(tmp_path / "prompts.yaml")}
         assert set(yaml.safe_load((tmp_path / "prompts.yaml").read_text())) <= set(NAMES)
         assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name, thinking", [("rec_think", False), ("rec", True)])
+def test_a_file_of_the_other_kind_is_not_passed_over_in_silence(tmp_path, name, thinking):
+    (tmp_path / "own.yaml").write_text(f'{name}: "Find {{expression}}."\n')
+    with pytest.raises(ValueError, match=r"own.yaml holds no text for data.thinking.*set data.thinking="):
+        Prompts("qwen3_vl", prompts_file=str(tmp_path / "own.yaml"), thinking=thinking)
+    assert Prompts("qwen3_vl", prompts_file=str(tmp_path / "own.yaml"), thinking=not thinking).sources["rec"]

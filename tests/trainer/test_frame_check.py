@@ -190,6 +190,22 @@ def test_frames_that_coincide_stop_nothing():
     assert found.means[:3] == [1.0, 1.0, 1.0] and found.best == found.own and found.verdict == "fits"
 
 
+@pytest.mark.parametrize("written_in, is_told", [(RESIZED_PX, True), (RELATIVE_1000, False)])
+def test_frames_that_nearly_coincide_are_told_and_stop_nothing(written_in, is_told):
+    """960 resized pixels are 960 or 1000 units: numbers of one frame read in the other are 4 % off."""
+    looks = []
+    for number in range(8):
+        rng = random.Random(number)
+        x, y = rng.uniform(100, 500), rng.uniform(100, 500)
+        asked = Sample(f"k{number}", "", None, 960, 960, "it", ((x, y, x + 200, y + 250),))
+        frame = Frame(RELATIVE_1000, 960, 960, 960, 960)
+        text = written([in_frame(asked.boxes_xyxy_px[0], written_in, "xy", frame)], False)
+        looks.append(look_at(Completion(text, "json_relative_1000", frame), asked))
+    found = FrameReport(tuple(looks), "json_relative_1000", True)
+    assert found.verdict == "fits" and not found.stops
+    assert ("fits better as pixels of the resized image" in found.message()) == is_told
+
+
 def test_label_noise_does_not_count():
     clean = sample(0)
     noisy = add_noise(clean, LabelNoise(1.0))
