@@ -103,16 +103,17 @@ def json_candidates(text: str, keys: Sequence[str]) -> list[Candidate] | None:
     objects = _Objects()
     # Where nothing has a label or score, nobody needs to know where objects begin and end.
     for found in _pieces(tuple(keys), bool(_LABELLED.search(text))).finditer(text):
+        if found.lastgroup in ("open", "close", "text", "number"):
+            objects.read(found)
+            continue
+        if found.lastgroup == "other":
+            continue
         lists = [found["list"]] if found["list"] else []
         key = found["key"] or ""
         if key:
             lists = _INNERMOST.findall(found["value"] or "")
             if not lists and not _is_no_value(text, found):
                 return [*candidates, Candidate("", key)]
-        elif found["other"]:
-            continue
-        elif not lists:
-            objects.read(found)
         candidates += [Candidate(each[1:-1], key, objects.innermost()) for each in lists]
         counts[bool(key)] += len(lists)
         if counts[bool(key)] > MAX_BOXES:

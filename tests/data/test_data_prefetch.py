@@ -229,7 +229,9 @@ if sys.argv[2] == "error":
 def test_workers_end_with_their_parent(shard_set, how):
     waits = how in ("kill", "interrupt")
     parent = subprocess.Popen([sys.executable, "-c", PROGRAM, shard_set(40, 7), "wait" if waits else how], cwd=ROOT,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                              # a shell's background jobs ignore the signal, and so would their children
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     pids = [int(word) for word in parent.stdout.readline().split()]
     assert len(pids) == 2
     if how == "kill":

@@ -230,8 +230,9 @@ def test_wrong_arguments_under_mpi_are_told_once(tmp_path):
 
 def test_stopped_by_the_keyboard_and_continued(tmp_path):
     options = ["--format", "scenes", "--count", "400", "--samples-per-shard", "10", "--processes", "2", "--out", "out"]
+    # a shell's background jobs ignore the signal, and so would their children
     process = subprocess.Popen([sys.executable, str(TOOL), *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "out" / ".unfinished").glob("0*.json"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline

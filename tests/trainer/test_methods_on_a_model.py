@@ -32,7 +32,7 @@ def attack_figures(tree: dict) -> dict:
     trainer = Trainer(resolve(tree))
     policy = trainer.policy
     samples = list(scenes(NUM_IMAGES, seed=5))
-    prompts = encode(samples, policy.processor, "Locate {}.".format)
+    prompts = encode(samples, policy.processor, lambda sample: f"Locate {sample.expression}.")
     streams = [f"stream/{i}" for i in range(NUM_IMAGES)]
 
     def explore(algorithm, prompts=prompts):

@@ -229,7 +229,7 @@ def real_updates(checkpoint: str, sizes: list[int]) -> list[tuple[float, float, 
         policy = Policy(ModelConfig(checkpoint, "float32"), OptimizerConfig(lr=1e-3, eps=1e-4), ZeroConfig(), context,
                         with_reference=False, prompts_per_pass=16)
         samples = list(scenes(2, seed=1))
-        prompts = encode(samples, policy.processor, "Locate {}.".format)
+        prompts = encode(samples, policy.processor, lambda sample: f"Locate {sample.expression}.")
         generator = torch.Generator().manual_seed(0)
         responses = [torch.randint(10, 200, (3 + 2 * b,), generator=generator).tolist() for b in range(8)]
         rollouts = Rollouts(samples, prompts, responses, [False] * 8, group_size=4)
