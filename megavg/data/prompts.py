@@ -91,8 +91,8 @@ class Prompts:
                            if name.endswith(THINK) == thinking}) for source, texts in found]
         if prompts_file and not found[0][1]:
             raise ValueError(f"{prompts_file} holds no text for data.thinking={str(thinking).lower()}: names "
-                             f"{'' if thinking else 'not '}ending in {THINK!r} are taken; add one, or set data.thinking="
-                             f"{str(not thinking).lower()}")
+                             f"{'' if thinking else 'not '}ending in {THINK!r} are taken; add one, or set "
+                             f"data.thinking={str(not thinking).lower()}")
         check_texts(prompts or {}, TASKS, "data.prompts")
         found.insert(0, ("data.prompts", dict(prompts or {})))
         if prompt:

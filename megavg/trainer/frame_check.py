@@ -97,8 +97,8 @@ class FrameReport:
         if self.best == self.own or len(differing) < MIN_HINTS or min(differing) < 0 or _mean(gains) < HINT_GAIN:
             return ""
         return (f"BUT each of {len(differing)} answers fits better as {self._name(self.best)} (mean IoU "
-                f"{self.means[self.best]:.3f}): is this the model's frame? Pictures of about 1000 pixels hide it; check "
-                "again on smaller or larger ones")
+                f"{self.means[self.best]:.3f}): is this the model's frame? Pictures of about 1000 pixels hide it; "
+                "check again on smaller or larger ones")
 
     @property
     def stops(self) -> bool:
@@ -121,7 +121,8 @@ class FrameReport:
                    f"{' (cut off)' if look.truncated else ''}" for look in shown]
         remedy = [f"  {self.remedy()}"] if self.stops else []
         hint = [f"  {self.hint}"] if self.verdict == "fits" and self.hint else []
-        return "\n".join([f"frame check: {self.summary()}", *hint, *answers, *([self.table()] if self.looks else []), *remedy])
+        table = [self.table()] if self.looks else []
+        return "\n".join([f"frame check: {self.summary()}", *hint, *answers, *table, *remedy])
 
     def summary(self) -> str:
         """The verdict in one line."""

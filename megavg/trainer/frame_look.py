@@ -32,7 +32,8 @@ class Look:
         reason: of the run's own parser.
         truncated: it hit the length limit.
         overlaps: for each of ``CANDIDATES``, how well the answer fits when it is read so: the overlap with the true
-            boxes as the IoU reward counts it, in the order of the answer, or for a point 1 inside a true box and 0 outside. Empty where not read.
+            boxes as the IoU reward counts it, in the order of the answer, or for a point 1 inside a true box and 0
+            outside. Empty where not read.
     """
 
     key: str
