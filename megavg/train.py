@@ -11,24 +11,15 @@ if not __package__:  # started as a file: the repository root takes the place of
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; 0, or 2 after an error that its message tells how to mend."""
-    from megavg.parallel.quiet import quieten
     from megavg.trainer.config import parse_command_line
-    from megavg.trainer.entry import tell
+    from megavg.trainer.entry import run
 
-    try:
-        config = parse_command_line(argv)
-        quieten()
-        from megavg.trainer.bad_data import BadData
+    def make(config):
         from megavg.trainer.trainer import Trainer
 
-        trainer = Trainer(config)
-    except (ValueError, OSError) as error:
-        return tell(error)
-    try:
-        trainer.run()
-    except BadData as error:
-        return tell(error)
-    return 0
+        return Trainer(config)
+
+    return run(lambda: parse_command_line(argv), make)
 
 
 def _start() -> int:

@@ -6,6 +6,7 @@ names, and reads and decodes its own. The sample at place k of a global batch be
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import logging
 from collections import Counter
@@ -87,7 +88,7 @@ class _Choice:
             yield self.number - 1, candidate, place
 
 
-class BatchSource:
+class BatchSource(abc.ABC):
     """Hand out this rank's share of global batches whose every place takes the next sample of one of several lanes.
 
     Subclasses say which lane a place of the global order takes (``_lane_of``), and save and restore the position.
@@ -109,8 +110,17 @@ class BatchSource:
         self._pool: DecodePool | None = None
         self._closed = False
 
+    @abc.abstractmethod
     def _lane_of(self, place: int) -> int:
-        raise NotImplementedError
+        """Number of the lane that ``place`` of the global order takes."""
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict:
+        """The position after the last batch that was handed out, as plain JSON; the same on every rank."""
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: dict) -> None:
+        """Continue after the batches that ``state`` had seen; ValueError where it belongs to another order."""
 
     def next_batch(self) -> list[Sample]:
         """Return the samples that this rank owns of the next global batch: ``batch_size / dp_size`` of them.

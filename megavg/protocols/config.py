@@ -6,6 +6,7 @@ what was expected and what was got. Standard library and PyYAML only: a typo is 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import types
 import typing
@@ -61,6 +62,17 @@ def apply_overrides(tree: dict, overrides: list[str]) -> dict:
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: cannot read the value {text!r} as YAML; put quotes around a text") from error
     return tree
+
+
+def read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
+    """The tree that ``--config FILE section.key=value ...`` says; ``parser`` brings the program's name and help."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", required=True, help="YAML file with the options")
+    # what launchers pass before the user's arguments
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set after the file is read")
+    arguments = parser.parse_intermixed_args(argv)
+    return apply_overrides(read_yaml(arguments.config), arguments.overrides)
 
 
 def build(cls: type, tree: Any, path: str = "") -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from megavg.data.prompts import check_text, check_texts
 from megavg.ops.box_formats import BOX_FORMATS
-from megavg.protocols.config import ConfigError, apply_overrides, build, read_yaml, to_tree
+from megavg.protocols.config import ConfigError, build, read_command_line, to_tree
 from megavg.protocols.options import HeadOptions, LabelNoise, OptimizerConfig, SamplingParams, StageOptions, ZeroConfig
 from megavg.protocols.plugin import load_module, nearest
 from megavg.protocols.sample import TASKS
@@ -358,18 +358,12 @@ def _check_format_reward(config: RunConfig) -> None:
 def parse_command_line(argv: list[str] | None = None) -> RunConfig:
     """``--config FILE section.key=value ...`` -> the checked configuration."""
     parser = argparse.ArgumentParser(
-        prog="deepspeed megavg/train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a Qwen-VL model for visual grounding.",
+        prog="deepspeed megavg/train.py", description="Train a Qwen-VL model for visual grounding.",
         epilog="Example:\n  deepspeed --num_gpus 2 megavg/train.py --config examples/demo.yaml "
                "parallel.tensor_model_parallel_size=2 algorithm.name=ecvgpo\n\n"
                "Sections: model, parallel, data, rollout, rewards, algorithm, optimizer, head, evaluation, trainer.\n"
                "Every option is documented in megavg/trainer/config.py; an unknown one is an error.")
-    parser.add_argument("--config", required=True, help="YAML file with the run's options")
-    # what launchers pass before the user's arguments
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set after the file is read")
-    arguments = parser.parse_intermixed_args(argv)
-    return resolve(apply_overrides(read_yaml(arguments.config), arguments.overrides))
+    return resolve(read_command_line(parser, argv))
 
 
 def save_resolved(config: RunConfig, path: str | Path) -> None:

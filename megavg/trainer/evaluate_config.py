@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megavg.data.prompts import check_text, check_texts
-from megavg.protocols.config import ConfigError, apply_overrides, build, read_yaml, to_tree
+from megavg.protocols.config import ConfigError, build, read_command_line, to_tree
 from megavg.protocols.options import StageOptions
 from megavg.protocols.plugin import nearest
 from megavg.protocols.sample import TASKS
@@ -169,16 +169,11 @@ def resolve(tree: dict) -> EvaluateConfig:
 def parse_command_line(argv: list[str] | None = None) -> EvaluateConfig:
     """``--config FILE section.key=value ...`` -> the checked configuration."""
     parser = argparse.ArgumentParser(
-        prog="deepspeed megavg/evaluate.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="deepspeed megavg/evaluate.py",
         description="Measure a Qwen-VL checkpoint on sets of shards: RefCOCO, ScreenSpot, detection, classification.",
         epilog="Example:\n  deepspeed --num_gpus 2 megavg/evaluate.py --config examples/evaluate_refcoco.yaml "
                "model.path=runs/my/hf evaluation.output_dir=runs/my/refcoco\n\n"
                "Sections: model, data, parallel, generation, evaluation.\n"
                "Every option is documented in megavg/trainer/evaluate_config.py; an unknown one is an error.\n"
                "A run that was killed goes on where it was when the same command is given again.")
-    parser.add_argument("--config", required=True, help="YAML file with the options")
-    # what launchers pass before the user's arguments
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set after the file is read")
-    arguments = parser.parse_intermixed_args(argv)
-    return resolve(apply_overrides(read_yaml(arguments.config), arguments.overrides))
+    return resolve(read_command_line(parser, argv))

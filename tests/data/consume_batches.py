@@ -53,7 +53,7 @@ def draw(ranks: list, together: bool) -> list[list]:
     """Each rank's share of the next batch: one after the other, or in a thread for each, as ranks that agree must."""
     if not together:
         return [source.next_batch() for source in ranks]
-    from tests.data.all_ranks import in_threads
+    from tests.rank_threads import in_threads
 
     shares = in_threads(ranks, lambda source: source.next_batch())
     for share in shares:
@@ -67,7 +67,7 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     exchange = None
     if spec["agree"]:
-        from tests.data.all_ranks import Exchange
+        from tests.rank_threads import Exchange
 
         exchange = Exchange(spec["dp_size"])
     ranks = [make(spec, rank, exchange) for rank in range(spec["dp_size"])]

@@ -13,7 +13,8 @@ from megavg.data import batches, urls
 from megavg.data.mixture import Mixture
 from megavg.data.shards import PromptSource
 from megavg.protocols.options import LabelNoise
-from tests.data.all_ranks import Exchange, in_threads, joined, keys, write_tar
+from tests.data.all_ranks import joined, keys, write_tar
+from tests.rank_threads import Exchange, in_threads
 
 BAD = [{"image": b"?"}, {"expression": None}, {"boxes_xyxy_px": [[3, 3, 3, 3]]}, {"width": 21},
        {"boxes_xyxy_px": [[0, 0, 20, 10]]}]  # the last leaves no room for noise

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 
 import pytest
 
 from megavg.trainer.collect import Collector, Group
 from megavg.trainer.rollouts import Judgement
+from tests.rank_threads import Exchange, in_threads
 
 WANTED, SIZE = 6, 3
 
 
-class Ranks:
-    """``gather_rows`` over threads that stand for data-parallel ranks."""
-
-    def __init__(self, size: int):
-        self.size, self.parts = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=20)
-
-    def context(self, rank: int):
-        def gather_rows(rows: list) -> list:
-            self.parts[rank] = list(rows)
-            self.barrier.wait()
-            joined = [row for part in self.parts for row in part]
-            self.barrier.wait()
-            return joined
-
-        return SimpleNamespace(dp_size=self.size, dp_rank=rank, gather_rows=gather_rows)
-
-
 def collected(teaching: list[set[int]], tries: int, dp: int) -> tuple[list[list[int]], list[dict], list[int]]:
     """(numbers of each rank's groups, its metrics, draws made) where draw d teaches with the groups ``teaching[d]``."""
-    ranks, draws = Ranks(dp), [0] * dp
+    ranks, draws = Exchange(dp), [0] * dp
     collectors = [Collector.__new__(Collector) for _ in range(dp)]
-    kept: list = [None] * dp
     for rank, collector in enumerate(collectors):
         def draw(step: int, number: int, progress: float, rank=rank) -> list[Group]:
             draws[rank] += 1
@@ -46,12 +27,7 @@ def collected(teaching: list[set[int]], tries: int, dp: int) -> tuple[list[list[
         collector.algorithm = SimpleNamespace(resampling_tries=tries)
         collector.config = SimpleNamespace(data=SimpleNamespace(prompts_per_step=WANTED))
 
-    threads = [threading.Thread(target=lambda r=rank: kept.__setitem__(r, collectors[r].groups(0, 0.0)))
-               for rank in range(dp)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    kept = in_threads(collectors, lambda collector: collector.groups(0, 0.0))
     return [[group.number for group in groups] for groups in kept], [c.metrics for c in collectors], draws
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import threading
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +15,7 @@ from megavg.protocols.sample import RELATIVE_1000, RESIZED_PX, Completion, Frame
 from megavg.trainer.bad_data import BadData
 from megavg.trainer.frame_check import FrameReport, known_samples
 from megavg.trainer.frame_look import CANDIDATES, OTHER, OWN, look_at, to_px, true_boxes
+from tests.rank_threads import Exchange, in_threads
 
 SIZES = ((1280, 800), (640, 480), (427, 640), (1920, 1080), (300, 500), (2000, 1500), (1000, 700), (333, 777))
 
@@ -212,38 +211,15 @@ def test_label_noise_does_not_count():
     assert iou(noisy.boxes_xyxy_px[0], clean.boxes_xyxy_px[0]) == 0 and true_boxes(noisy) == true_boxes(clean)
 
 
-class Ranks:
-    """``gather_rows`` and agreement over threads that stand for data-parallel ranks."""
-
-    def __init__(self, size: int):
-        self.parts, self.barrier = [None] * size, threading.Barrier(size, timeout=20)
-
-    def context(self, rank: int):
-        def gather_rows(rows: list) -> list:
-            self.parts[rank] = list(rows)
-            self.barrier.wait()
-            joined = [row for part in self.parts for row in part]
-            self.barrier.wait()
-            return joined
-
-        return SimpleNamespace(dp_size=len(self.parts), dp_rank=rank, world_size=1, gather_rows=gather_rows)
-
-
 def known(stream: list[Sample], count: int, dp_size: int) -> list[list[str]]:
     """Keys of each rank's known samples, where the global batches are ``stream`` in parts of 6."""
-    ranks, found = Ranks(dp_size), [None] * dp_size
+    ranks = Exchange(dp_size)
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> list[str]:
         batches = iter([stream[start:start + 6][rank::dp_size] for start in range(0, len(stream), 6)])
-        samples = known_samples(lambda: next(batches), count, ranks.context(rank))
-        found[rank] = [sample.key for sample in samples]
+        return [sample.key for sample in known_samples(lambda: next(batches), count, ranks.context(rank))]
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(dp_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    return in_threads(list(range(dp_size)), work)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
@@ -263,4 +239,4 @@ def test_a_broken_record_is_told():
         raise ValueError("s.tar: sample 'a': broken image")
 
     with pytest.raises(BadData, match="broken image"):
-        known_samples(broken, 4, Ranks(1).context(0))
+        known_samples(broken, 4, Exchange(1).context(0))
