@@ -1,4 +1,8 @@
-"""Run a function on several real gloo ranks and bring back what each returned."""
+"""Run a function on several real gloo ranks and bring back what each returned.
+
+Each rank is a process of its own, forked from one server that has loaded the heavy libraries and nothing else (no
+threads, no groups): a start takes a tenth of a second instead of the seven of the imports.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,10 @@ import torch.multiprocessing as mp
 
 from tools.local_ranks import free_port
 
+PRELOADED = ["megavg.trainer.trainer", "megavg.trainer.evaluation_run",
+             "transformers.models.qwen2_vl.modeling_qwen2_vl", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+             "transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.auto.processing_auto"]
+
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
     """``function(*args)`` on ``world_size`` processes inside one gloo world; returns the results in rank order.
@@ -19,10 +27,12 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
     ``function`` must be defined at the top of a test module. A rank that raises or hangs fails the test with its
     traceback, and all ranks are ended.
     """
-    spawn = mp.get_context("spawn")
-    results = spawn.SimpleQueue()
+    server = mp.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    results = server.SimpleQueue()
     port = free_port()
-    ranks = [spawn.Process(target=_rank_main, args=(rank, world_size, port, results, function, args), daemon=True)
+    ranks = [server.Process(target=_rank_main, daemon=True,
+                            args=(rank, world_size, port, dict(os.environ), results, function, args))
              for rank in range(world_size)]
     for process in ranks:
         process.start()
@@ -35,7 +45,10 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
             process.join()
 
 
-def _rank_main(rank: int, world_size: int, port: int, results, function: Callable, args: tuple) -> None:
+def _rank_main(rank: int, world_size: int, port: int, environment: dict, results, function: Callable,
+               args: tuple) -> None:
+    os.environ.clear()  # the server's is that of the first call
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
