@@ -17,6 +17,7 @@ import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".tmp"}
 
 
@@ -92,14 +93,24 @@ class HFCheckpoint:
     def names(self) -> list[str]:
         return sorted(self._stored_name)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One whole tensor, on the CPU, as stored."""
+    def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """(shape, dtype) of one whole tensor, from the header of its file."""
+        stored = self._stored(name)
+        held = self._open(self._file_of[stored]).get_slice(stored)
+        return tuple(held.get_shape()), _DTYPES[held.get_dtype()]
+
+    def _stored(self, name: str) -> str:
         stored = self._stored_name.get(name)
         if stored is None:
             raise ValueError(f"tensor {name} is missing in {self.directory}; the checkpoint is incomplete or of "
                              "another model than its config.json says")
+        return stored
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU, as stored."""
         from safetensors import SafetensorError
 
+        stored = self._stored(name)
         file = self._file_of[stored]
         try:
             return self._open(file).get_tensor(stored)
@@ -119,12 +130,17 @@ def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, torch.Ten
     partial = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in sorted(source.directory.iterdir()):
-        if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX:
-            shutil.copyfile(file, partial / file.name)
+    copy_side_files(source.directory, partial)
     dtype = _write_shards(partial, tensors, source.legacy, max_shard_bytes)
     _set_dtype(partial / "config.json", dtype)
     replace_directory(partial, out_dir)
+
+
+def copy_side_files(directory: Path, out_dir: Path) -> None:
+    """Copy what a checkpoint directory holds beside its weights: configuration, tokenizer, processor, generation."""
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX:
+            shutil.copyfile(file, out_dir / file.name)
 
 
 def replace_directory(partial: Path, final: Path) -> None:

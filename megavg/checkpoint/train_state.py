@@ -1,55 +1,231 @@
-"""Checkpoints of a running job, for going on in the same layout: written beside, renamed when whole.
+"""Checkpoints of a running job: written beside and renamed when whole, checked when read, for any layout.
 
-A folder ``step-000100`` holds the engine's state and ``trainer_state.json`` (step, data position, algorithm). There is
-no other hidden state: all randomness is derived from (seed, step, sample, answer).
+A folder ``step-000100`` holds
+  state/          parameters (fp32 master copies) and optimiser state by HF name, in files of every rank
+  rng/            the generators of each rank
+  model/          configuration, tokenizer and processor of the model
+  trainer.json    step, place in the data, state of the algorithm, updates made
+  config.yaml     the resolved options of the run
+  manifest.json   sizes and checksums of all of them; written last
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import shutil
+import threading
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Iterable, Sequence
 
 import torch.distributed as dist
 
-from megavg.checkpoint.hf import replace_directory
+from megavg.checkpoint.errors import CheckpointError, first_line
+from megavg.checkpoint.hf import copy_side_files, replace_directory
+from megavg.checkpoint.manifest import (MANIFEST, facts_of, read_manifest, sync_folder, wrong_files, write_manifest,
+                                        write_synced)
+from megavg.checkpoint.parts import Part
+from megavg.checkpoint.rng import rng_state, set_rng_state
+from megavg.checkpoint.sharded import read_parts, write_parts
+from megavg.parallel.context import ParallelContext
 
-_STATE = "trainer_state.json"
+STATE, TRAINER, RNG, MODEL, CONFIG = "state", "trainer.json", "rng", "model", "config.yaml"
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of ``folder``, oldest first."""
-    return sorted(p for p in Path(folder).glob("step-*") if p.suffix == "" and (p / _STATE).is_file())
+    """The checkpoints of ``folder`` that were finished, oldest first; their files are not looked at."""
+    return sorted(p for p in Path(folder).glob("step-*") if p.suffix == "" and (p / MANIFEST).is_file())
 
 
-def save_train_state(folder: Path, step: int, state: dict, save_engine: Callable[[Path], None], keep_last: int) -> Path:
-    """Write ``folder/step-<step>``; all processes call it together, and the oldest beyond ``keep_last`` go."""
-    final = Path(folder) / f"step-{step:06d}"
-    partial = final.with_name(final.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    save_engine(partial)
-    dist.barrier()  # every rank's part is there before the folder gets its name
-    if dist.get_rank() == 0:
-        (partial / _STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """All of a checkpoint but its tensors, the same on every rank.
+
+    Attributes:
+        about: goes into the manifest (layout, family, ...).
+        trainer: goes into trainer.json.
+        config: text of config.yaml.
+        model_files: directory whose configuration, tokenizer and processor files are copied.
+    """
+
+    step: int
+    about: dict[str, Any]
+    trainer: dict[str, Any]
+    config: str
+    model_files: Path
+
+
+class Checkpoints:
+    """The checkpoints of one run. All ranks make it, and call its methods, together.
+
+    Args:
+        folder: where ``step-*`` folders lie.
+        keep_last: the newest so many are kept ...
+        keep_every: ... and those whose step is a multiple of this; 0 keeps no others.
+        in_background: copy the state in memory and write it while the training goes on.
+    """
+
+    def __init__(self, folder: Path, context: ParallelContext, keep_last: int = 2, keep_every: int = 0,
+                 in_background: bool = False):
+        self.folder, self._rank, self._world = Path(folder), context.rank, context.world_size
+        self._keep_last, self._keep_every, self._in_background = keep_last, keep_every, in_background
+        # of its own, so that a background write never comes between the training's collectives
+        self._group = dist.new_group(backend="gloo") if context.world_size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, snapshot: Snapshot, parts: Iterable[Part]) -> None:
+        """Write ``step-<step>``. In the background this returns when the state is copied.
+
+        Raises:
+            CheckpointError: on every rank, when one could not write, or the write before this one failed in the
+                background. Checkpoints that were there before are as they were.
+        """
+        self.wait()
+        parts, rng = [part for part in parts if part.owned], rng_state()
+        if not self._in_background:
+            self._write(snapshot, parts, rng)
+            return
+        parts = [_held(part) for part in parts]
+        self._thread = threading.Thread(target=self._try_to_write, args=(snapshot, parts, rng), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when what is being written is whole; raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _try_to_write(self, *args) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:  # ``wait`` raises it where it is seen
+            self._failure = error
+
+    def _write(self, snapshot: Snapshot, parts: Sequence[Part], rng: dict) -> None:
+        final = self.folder / f"step-{snapshot.step:06d}"
+        partial = final.with_name(final.name + ".tmp")
+        try:
+            self._on_first(lambda: self._prepare(partial, snapshot))
+            write_parts(partial / STATE, parts, self._group)
+            facts = self._together(lambda: self._own_facts(partial, rng))
+            self._on_first(lambda: self._finish(partial, final, snapshot, facts))
+        except CheckpointError as error:
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            there = checkpoints(self.folder)
+            last = f"the last whole one is {there[-1]}" if there else "there is none before it"
+            raise CheckpointError(f"the checkpoint {final} could not be written ({error}); make room or mend the folder's "
+                                  f"permissions, and resume: {last}") from error
+        if self._rank == 0:
+            self._remove_old()
+
+    def _prepare(self, partial: Path, snapshot: Snapshot) -> None:
+        for left in self.folder.glob("step-*.tmp"):  # of a run that was killed
+            shutil.rmtree(left)
+        (partial / RNG).mkdir(parents=True)
+        (partial / MODEL).mkdir()
+        copy_side_files(snapshot.model_files, partial / MODEL)
+
+    def _own_facts(self, partial: Path, rng: dict) -> dict:
+        path = partial / RNG / f"rank-{self._rank:05d}.json"
+        write_synced(path, json.dumps(rng) + "\n")
+        return facts_of(partial, [path, *partial.glob(f"{STATE}/__{self._rank}_*")])
+
+    def _finish(self, partial: Path, final: Path, snapshot: Snapshot, facts: list[dict]) -> None:
+        write_synced(partial / TRAINER, json.dumps({"step": snapshot.step, **snapshot.trainer}, indent=1) + "\n")
+        write_synced(partial / CONFIG, snapshot.config)
+        first = facts_of(partial, [partial / TRAINER, partial / CONFIG, partial / STATE / ".metadata",
+                                   *sorted((partial / MODEL).iterdir())])
+        files = {name: fact for part in (first, *facts) for name, fact in part.items()}
+        write_manifest(partial, files, {"step": snapshot.step, **snapshot.about})
+        sync_folder(partial)
         replace_directory(partial, final)
-        for old in checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+        sync_folder(self.folder)
+
+    def _remove_old(self) -> None:
+        for old in checkpoints(self.folder)[:-self._keep_last]:
+            if not self._keep_every or int(old.name.split("-")[1]) % self._keep_every:
+                # first no checkpoint any more, then gone: a kill in between leaves none that only looks whole
+                gone = old.with_name(old.name + ".tmp")
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def newest_whole(self, tell: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint whose files all are as they were written; None where there has been none yet.
+
+        Raises:
+            CheckpointError: there are checkpoints, and every one is damaged.
+        """
+        there, problem = checkpoints(self.folder), None
+        for path in reversed(there):
+            try:
+                self.check(path)
+                return path
+            except CheckpointError as error:
+                problem = problem or error
+                tell(f"{path} is passed over: {error}")
+        if problem is not None:
+            raise CheckpointError(f"none of the {len(there)} checkpoints in {self.folder} is whole; the newest: {problem}")
+        return None
+
+    def check(self, path: Path) -> dict:
+        """Compare all files of a checkpoint with its manifest, the ranks sharing the work; returns the manifest."""
+        def look() -> list[str]:
+            files = sorted(read_manifest(path)["files"].items())
+            return wrong_files(path, dict(files[self._rank::self._world]))
+
+        wrong = [line for lines in self._together(look) for line in lines]
+        if wrong:
+            more = f" ({len(wrong)} files in all)" if len(wrong) > 1 else ""
+            raise CheckpointError(f"{wrong[0]}{more}; take the checkpoint before (trainer.resume=auto does), or copy it "
+                                  "again")
+        return read_manifest(path)
+
+    def read(self, path: Path, parts: Iterable[Part]) -> None:
+        """Fill the views of ``parts`` from a checkpoint of any layout."""
+        self._together(lambda: read_parts(Path(path) / STATE, list(parts)))
+
+    def restore_rng(self, path: Path) -> None:
+        """Set this rank's generators as the rank of this number had them, where there was one."""
+        file = Path(path) / RNG / f"rank-{self._rank:05d}.json"
+        if file.exists():
+            set_rng_state(json.loads(file.read_text()))
+
+    def _together(self, function: Callable[[], Any]) -> list:
+        """What ``function`` gives on every rank, in rank order; its error on one is raised on all."""
+        answer = error = None
+        try:
+            answer = function()
+        except CheckpointError as caught:
+            error = str(caught)
+        except (OSError, ValueError, shutil.Error) as caught:
+            error = first_line(caught)
+        answers = [(answer, error)]
+        if self._group is not None:
+            answers = [None] * self._world
+            dist.all_gather_object(answers, (answer, error), group=self._group)
+        for rank, (_, problem) in enumerate(answers):
+            if problem is not None:
+                raise CheckpointError(f"rank {rank}: {problem}" if self._world > 1 else problem)
+        return [value for value, _ in answers]
+
+    def _on_first(self, function: Callable[[], None]) -> None:
+        self._together(lambda: function() if self._rank == 0 else None)
 
 
-def read_train_state(checkpoint: Path, layout: str) -> dict:
-    """The trainer's part of a checkpoint, refused when it was written in another layout."""
-    path = Path(checkpoint) / _STATE
-    try:
-        state = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove {checkpoint} to resume from the one before") from error
-    if state["layout"] != layout:
-        raise ValueError(f"{checkpoint} was written by {state['layout']} and this run is {layout}; resume in the same "
-                         "layout, or start from the exported hf folder")
-    return state
+def read_trainer_state(path: Path) -> dict:
+    """The content of trainer.json of a checkpoint that was checked."""
+    return json.loads((Path(path) / TRAINER).read_text())
+
+
+def _held(part: Part) -> Part:
+    """The part with its values as they are now, in the host's memory."""
+    values = part.fetch().detach().to("cpu", copy=True)
+    return dataclasses.replace(part, fetch=lambda: values)

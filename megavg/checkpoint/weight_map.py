@@ -9,6 +9,22 @@ import torch
 
 
 @dataclass(frozen=True)
+class Region:
+    """Where, along the split axis, a part of one HF tensor lies in a rank's shard.
+
+    Attributes:
+        shard_start, length: in the shard.
+        hf_start: in the HF tensor, whose full size is ``hf_size``.
+    """
+
+    hf_name: str
+    hf_size: int
+    hf_start: int
+    shard_start: int
+    length: int
+
+
+@dataclass(frozen=True)
 class WeightEntry:
     """One megavg parameter and the HF tensors that it holds.
 
@@ -43,6 +59,19 @@ class WeightEntry:
             tensors = [torch.cat([tensor, tensor.new_zeros(shape)], self.axis)]
         num_shards, shard = tp_size // self.copies, tp_rank // self.copies
         return torch.cat([tensor.chunk(num_shards, self.axis)[shard] for tensor in tensors], self.axis).contiguous()
+
+    def regions(self, shard_shape: Sequence[int], tp_size: int, tp_rank: int) -> list[Region]:
+        """Where the HF tensors lie in the shard of rank ``tp_rank``, in order; padding rows belong to none."""
+        if self.axis is None:
+            return [Region(self.hf_names[0], shard_shape[0], 0, 0, shard_shape[0])]
+        num_shards, shard = tp_size // self.copies, tp_rank // self.copies
+        regions, start = [], 0
+        for name, size in zip(self.hf_names, self.sizes, strict=True):
+            length = (self.padded_size or size) // num_shards
+            first = shard * length
+            regions.append(Region(name, size, first, start, max(0, min(length, size - first))))
+            start += length
+        return regions
 
     def to_hf(self, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """All ranks' shards, in rank order, -> the HF tensors by name. The inverse of ``to_megavg``."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megavg.checkpoint.hf import HFCheckpoint
+from megavg.checkpoint.saved import SavedCheckpoint, open_checkpoint
 from megavg.checkpoint.weight_map import WeightEntry, WeightMap
 from megavg.models.layers.language_model import DecoderDims
 from megavg.models.layers.stage import QwenVLStage
@@ -61,7 +62,7 @@ class Model:
     spec: ModelSpec
     config: Any
     dims: DecoderDims
-    checkpoint: HFCheckpoint
+    checkpoint: HFCheckpoint | SavedCheckpoint
     options: StageOptions = StageOptions()
 
     def build_stage(self, context: ParallelContext, dtype: torch.dtype) -> QwenVLStage:
@@ -161,7 +162,7 @@ def load_model(directory: str | Path, options: StageOptions = StageOptions()) ->
     """Open a checkpoint directory and pick its family by ``model_type``."""
     from transformers import AutoConfig
 
-    checkpoint = HFCheckpoint(directory)
+    checkpoint = open_checkpoint(directory)
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     spec = _family(config.model_type, checkpoint.directory)
     text = config.text_config

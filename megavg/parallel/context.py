@@ -69,6 +69,14 @@ class ParallelContext:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.dp_group)
         return int(largest)
 
+    def max_over_world(self, number: int) -> int:
+        """The largest ``number`` of all ranks."""
+        if self.world_size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
     def gather_values(self, values: torch.Tensor) -> torch.Tensor:
         """Concatenate the data-parallel ranks' vectors [n], of any lengths, in rank order, on every rank."""
         if self.dp_size == 1:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from megavg.parallel import zero
+from megavg.parallel import zero, zero_state
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.frozen import frozen, release_leftovers
 from megavg.parallel.mcore import DeepSpeedMpu
@@ -139,16 +138,20 @@ class ZeroEngine:
         ``step``."""
         return zero.gradients(self.stage)
 
-    def save(self, folder: str | Path) -> None:
-        """Write parameters and optimiser state, each rank its own part, for the same layout."""
-        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
+    def state(self) -> Iterator[zero_state.LocalState]:
+        """What this rank holds of every parameter and of its optimiser state, as views."""
+        return zero_state.local_states(self.stage, self._engine.optimizer, self.context)
 
-    def load(self, folder: str | Path) -> None:
-        """Read what ``save`` wrote; the layout must be the same."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="zero")
-        if path is None:
-            raise ValueError(f"{folder}/zero holds no state for {self.context.layout}; it was written by another "
-                             "layout or is incomplete")
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimiser's moments have seen."""
+        return zero_state.optimizer_steps(self._engine.optimizer)
+
+    @contextlib.contextmanager
+    def loading(self, optimizer_steps: int) -> Iterator[Iterator[zero_state.LocalState]]:
+        """Views as :meth:`state` gives them, to be filled within the block; ``optimizer_steps`` is set beside them."""
+        with zero_state.loading(self.stage, self._engine.optimizer, self.context, optimizer_steps) as states:
+            yield states
 
     def _gathering(self) -> contextlib.AbstractContextManager:
         return zero.kept_gathered(self.stage) if self._keep_gathered else contextlib.nullcontext()

@@ -32,7 +32,7 @@ class ModelConfig:
     """The starting model.
 
     Attributes:
-        path: Hugging Face checkpoint directory of a Qwen-VL model.
+        path: Hugging Face checkpoint directory of a Qwen-VL model, or a checkpoint (step-000100) of a run.
         dtype: of parameters and activations; optimiser state is fp32 either way.
         min_pixels, max_pixels: limits of an image after the resize; None takes the checkpoint's own.
         box_format: how answers write boxes and points, and in which frame of coordinates, for a model that was
@@ -238,8 +238,12 @@ class TrainerConfig:
             no limit. An image that several answers share counts once.
         updates_per_batch: optimiser steps on the same answers.
         seed: of the data order and of sampling.
-        save_every: steps between checkpoints; 0 saves none. The last ``keep_last`` are kept.
-        resume: go on from the newest checkpoint in ``output_dir``, if there is one.
+        save_every: steps between checkpoints; 0 saves none but on SIGTERM and SIGUSR1.
+        keep_last, keep_every: the newest ``keep_last`` checkpoints are kept, and those whose step is a multiple of
+            ``keep_every``; 0 keeps no others.
+        save_in_background: copy the state in the host's memory and write it while the training goes on.
+        resume: ``auto`` (or true) goes on from the newest whole checkpoint in ``output_dir``, in whatever layout it
+            was written, if there is one; a path names a checkpoint, of this run or of another; false starts anew.
         overwrite: start anew in an ``output_dir`` that holds a run, whose files are removed.
         export_hf: write the trained model to ``output_dir``/hf at the end.
         log_every: steps between plain lines where there is no terminal.
@@ -257,7 +261,9 @@ class TrainerConfig:
     seed: int = 0
     save_every: int = 0
     keep_last: int = 2
-    resume: bool = False
+    keep_every: int = 0
+    save_in_background: bool = False
+    resume: bool | str = False
     overwrite: bool = False
     export_hf: bool = True
     log_every: int = 10
@@ -267,8 +273,10 @@ class TrainerConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "num_steps", "micro_batch_size", "updates_per_batch", "keep_last", "log_every")
-        _at_least(self, 0, "save_every", "picture_every", "diagnostics_every", "micro_batch_tokens",
+        _at_least(self, 0, "save_every", "keep_every", "picture_every", "diagnostics_every", "micro_batch_tokens",
                   "micro_batch_patches")
+        if self.resume == "":
+            raise ValueError("resume is empty; give auto, true, false or the path of a checkpoint")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite cannot both be true")
 

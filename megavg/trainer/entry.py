@@ -8,28 +8,28 @@ from typing import Any, Callable
 
 
 def run(parse: Callable[[], Any], make: Callable[[Any], Any]) -> int:
-    """``make(parse()).run()``; 0, or 2 after an error that its message tells how to mend.
+    """``make(parse()).run()``: what it returns (None is 0), or 2 after an error that its message tells how to mend.
 
     Args:
         parse: gives the configuration; it loads no torch, so that a typo is answered at once.
         make: gives what is to be run. A ValueError or OSError up to here is the user's to mend, later on only
-            ``BadData`` is: anything else is a fault and keeps its traceback.
+            ``BadData`` and ``CheckpointError`` are: anything else is a fault and keeps its traceback.
     """
     try:
         config = parse()
         from megavg.parallel.quiet import quieten
 
         quieten()
+        from megavg.checkpoint.errors import CheckpointError
         from megavg.trainer.bad_data import BadData
 
         made = make(config)
     except (ValueError, OSError) as error:
         return tell(error)
     try:
-        made.run()
-    except BadData as error:
+        return made.run() or 0
+    except (BadData, CheckpointError) as error:
         return tell(error)
-    return 0
 
 
 def tell(error: Exception) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megavg.checkpoint.export import hf_tensors
 from megavg.checkpoint.hf import write_checkpoint
+from megavg.checkpoint.parts import Part, parts_of_run
 from megavg.models.base import check_sequence_parallel, copy_weights, load_model
 from megavg.models.inputs import scatter_rows
 from megavg.parallel.apex import has_nvidia_apex
@@ -17,6 +18,7 @@ from megavg.parallel.context import ParallelContext
 from megavg.parallel.engine import MicroBatchLoss, ZeroEngine
 from megavg.parallel.optimizer import choose_implementation
 from megavg.parallel.zero import check_deepspeed
+from megavg.parallel.zero_state import LocalState
 from megavg.protocols.batch import EncodedPrompt, ModelInputs, PerturbedScores, TokenScores
 from megavg.protocols.options import OptimizerConfig, StageOptions, ZeroConfig
 from megavg.rollout.native import NativeGenerator
@@ -145,10 +147,24 @@ class Policy(Answering):
         """What the last pipeline stage knows, on every stage; the others bring the same shape and dtype."""
         return self.engine.link.from_last(tensor)
 
-    def load(self, folder: Path) -> None:
-        """Restore weights and optimiser state from a checkpoint's folder."""
-        with told_to_all(self.context):
-            self.engine.load(folder)
+    def parts(self, states: Iterable[LocalState] | None = None) -> Iterator[Part]:
+        """What this rank holds of the model and its optimiser state, as boxes of HF tensors; views.
+
+        ``states`` are those of the engine; None takes them as they are now.
+        """
+        context, weight_map = self.context, self.model.weight_map(self.context.tp_size)
+        tied = self.model.dims.tie_embeddings
+        for state in self.engine.state() if states is None else states:
+            entry = weight_map[state.name]
+            copies = context.tp_size if entry.axis is None else entry.copies
+            # a tied model's last stage holds a copy of the embedding, which the first one writes
+            owned = context.tp_rank % copies == 0 and not (tied and state.name == "head.weight")
+            yield from parts_of_run(entry, state.shape, state.start, state.values, context.tp_size, context.tp_rank, owned)
+
+    def load(self, read: Callable[[Iterable[Part]], None], optimizer_steps: int) -> None:
+        """Restore weights and optimiser state: ``read`` fills the views it is given; all ranks call it."""
+        with self.engine.loading(optimizer_steps) as states:
+            read(self.parts(states))
         self._copy_is_current = False
 
     def export_hf(self, out_dir: Path) -> None:

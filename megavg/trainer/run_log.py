@@ -18,7 +18,7 @@ _SHORT = {"reward/mean": "reward", "iou/mean": "IoU", "entropy/mean": "entropy",
 
 # everything a run puts into its folder; replacing a run removes these and nothing else
 WRITTEN = ("config.yaml", "prompts.yaml", "deepspeed_config.json", "run.json", "metrics.jsonl", "tensorboard",
-           "pictures", "heat_maps", "evaluation", "checkpoints", "hf")
+           "pictures", "heat_maps", "evaluation", "checkpoints", "hf", "stopped.json")
 
 
 def remove_run(folder: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megavg.checkpoint.train_state import checkpoints, read_train_state, save_train_state
 from megavg.data.prompts import Prompts
 from megavg.data.shards import expand_shards
 from megavg.evaluation.draw import panel
@@ -32,8 +31,10 @@ from megavg.trainer.policy import Policy
 from megavg.trainer.prompt_log import PromptLog, write_prompts
 from megavg.trainer.rollouts import Judgement, Rollouts, to_batch
 from megavg.trainer.run_log import WRITTEN, RunLog, remove_run, write_json
+from megavg.trainer.saving import RunState
 from megavg.trainer.start_checks import check_start
 from megavg.trainer.step import MicroBatcher, make_signal, micro_batch_loss
+from megavg.trainer.stop_signal import EXIT_STATUS, MARKER, StopSignal
 from megavg.trainer.token_kinds import TokenKinds
 
 
@@ -64,7 +65,8 @@ class Trainer:
             self.policy, self.context, self.prompts.question, config.rollout.max_new_tokens,
             config.rollout.prompts_per_pass * 4, config.evaluation.limit, config.evaluation.pictures,
             config.data.on_error, config.data.max_skipped)
-        self.start_step = self._restore() if self.settings.resume else 0
+        self.state = RunState(config, self.policy, self.source, self.algorithm, self.context, self._tell)
+        self.start_step = self.state.restore() if self.settings.resume else 0
         self.frame_report = None if self.start_step else check_start(
             config, self.policy, self.prompts, self.context, self.algorithm.uses_rollouts)
         self._prepare_folder()
@@ -76,24 +78,48 @@ class Trainer:
                                    self.batcher, self.clock,
                                    PromptLog(self.prompts, self.policy.processor, self.log.say))
 
-    def run(self) -> None:
-        """Train to the last step, with the evaluations, checkpoints and the export that were asked for."""
+    def run(self) -> int:
+        """Train to the last step, with the evaluations, checkpoints and the export that were asked for.
+
+        Returns the exit status: 0, or ``EXIT_STATUS`` after a signal, on which the run has saved itself.
+        """
         self._announce()
+        with StopSignal(self.context) as stop:
+            signal = self._train(stop)
+        self.state.wait()
+        if self.settings.export_hf and not signal:
+            self.policy.export_hf(self.folder / "hf")
+            self.log.say(f"the trained model is in {self.folder / 'hf'}")
+        self.source.close()
+        self.log.close()
+        dist.barrier()  # nobody leaves before all is written
+        return EXIT_STATUS if signal else 0
+
+    def _train(self, stop: StopSignal) -> str | None:
+        """Take the steps that are left; returns the name of the signal that ended it before."""
         self.evaluate(self.start_step, self._sets_missed())
         reached = self._goal_reached(self._stored_accuracy(self.start_step))
         for step in range(self.start_step, self.start_step if reached else self.settings.num_steps):
             self.train_step(step)
             done = step + 1
             if self.settings.save_every and done % self.settings.save_every == 0:
-                self.save(done)
+                self.state.save(done)
+            signal = stop.agreed()
+            if signal:
+                self._leave(done, signal)
+                return signal
             if self._goal_reached(self.evaluate(done, self._sets_due(done))):
                 self.log.say(f"every goal of evaluation.stop_at is reached: the training ends after step {done}")
                 break
-        if self.settings.export_hf:
-            self.policy.export_hf(self.folder / "hf")
-            self.log.say(f"the trained model is in {self.folder / 'hf'}")
-        self.source.close()
-        self.log.close()
+        return None
+
+    def _leave(self, step: int, signal: str) -> None:
+        """Save, and say where to go on."""
+        path = self.state.save(step)
+        self.state.wait()
+        if self.context.rank == 0:
+            write_json(self.folder / MARKER, {"signal": signal, "step": step, "checkpoint": str(path)})
+        self.log.say(f"{signal}: saved {path} and leave; the same command with trainer.resume=auto goes on")
 
     def train_step(self, step: int) -> None:
         """One optimiser batch, from prompts to the update."""
@@ -210,25 +236,6 @@ class Trainer:
         goals = self.config.evaluation.stop_at
         return bool(goals) and all(accuracy.get(name, 0.0) >= goal for name, goal in goals.items())
 
-    def save(self, step: int) -> None:
-        """Keep a checkpoint that ``trainer.resume=true`` goes on from."""
-        state = {"layout": self.context.layout, "data": self.source.state_dict(),
-                 "algorithm": {"name": self.config.algorithm_name, **self.algorithm.state_dict()}}
-        save_train_state(self.folder / "checkpoints", step, state, self.policy.engine.save, self.settings.keep_last)
-
-    def _restore(self) -> int:
-        found = checkpoints(self.folder / "checkpoints")
-        if not found:
-            return 0
-        state = read_train_state(found[-1], self.context.layout)
-        if state["algorithm"]["name"] != self.config.algorithm_name:
-            raise ValueError(f"{found[-1]} was written by algorithm {state['algorithm']['name']}, this run is "
-                             f"{self.config.algorithm_name}; choose another trainer.output_dir")
-        self.source.load_state_dict(state["data"])
-        self.algorithm.load_state_dict({k: v for k, v in state["algorithm"].items() if k != "name"})
-        self.policy.load(found[-1])
-        return state["step"]
-
     def _check_folder(self) -> None:
         """Refuse to mix two runs in one folder, or to replace one that this run starts from."""
         if self._folder_is_used and not (self.settings.resume or self.settings.overwrite):
@@ -241,6 +248,11 @@ class Trainer:
                 raise ValueError(f"trainer.overwrite=true would remove {path}, which this run reads; choose another "
                                  "trainer.output_dir")
 
+    def _tell(self, text: str) -> None:
+        """One line to the console, before there is a log."""
+        if self.context.is_writer:
+            print(f"[megavg] {text}", flush=True)
+
     @property
     def _folder_is_used(self) -> bool:
         return any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
@@ -252,6 +264,7 @@ class Trainer:
             if self._folder_is_used and self.settings.overwrite:
                 remove_run(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / MARKER).unlink(missing_ok=True)
             save_resolved(self.config, self.folder / "config.yaml")
             write_prompts(self.prompts, self.folder / "prompts.yaml")
         dist.barrier()

@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 
+from megavg.checkpoint.manifest import read_manifest
 from megavg.checkpoint.train_state import checkpoints as checkpoints_of
+from megavg.checkpoint.train_state import read_trainer_state
 from tests.distributed import run_ranks
 from tests.tiny_runs import read_metrics, train, training_lines, without_times
 from tests.trainer.conftest import CLOSED_LOOP
@@ -92,16 +94,15 @@ def test_weights_are_bit_equal(data_parallel, resumed, warm_up):
 def test_the_last_checkpoints_are_kept(data_parallel, resumed):
     folder = data_parallel / "uninterrupted" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-000004", "step-000006"]
-    state = json.loads((folder / "step-000006" / "trainer_state.json").read_text())
-    assert state["step"] == 6 and state["layout"] == "TP1 x PP1 x DP2"
+    state = read_trainer_state(folder / "step-000006")
+    assert state["step"] == 6 and read_manifest(folder / "step-000006")["layout"] == "TP1 x PP1 x DP2"
     assert state["algorithm"]["name"] == "ecvgpo+two_stage+dapo" and -0.5 <= state["algorithm"]["alpha"] <= 0.5
     kept = checkpoints_of(resumed[0] / "killed" / "checkpoints")
     assert [path.name for path in kept] == ["step-000003", "step-000006"]
 
 
-def test_an_unfinished_checkpoint_is_ignored(resumed):
-    unfinished = resumed[0] / "killed" / "checkpoints" / "step-000004.tmp"
-    assert unfinished.is_dir() and unfinished not in checkpoints_of(unfinished.parent)
+def test_an_unfinished_checkpoint_is_ignored_and_cleared_away(resumed):
+    assert not (resumed[0] / "killed" / "checkpoints" / "step-000004.tmp").exists()
 
 
 def test_an_evaluation_that_the_kill_prevented_is_made_up(data_parallel, resumed):
