@@ -66,8 +66,8 @@ def wrong_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
             if not path.exists():
                 wrong.append(f"{path} is missing")
             elif path.stat().st_size != expected["bytes"]:
-                wrong.append(f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}: it is truncated "
-                             "or was changed")
+                wrong.append(f"{path} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}: it is "
+                             "truncated or was changed")
             elif facts_of(folder, [path])[name]["sha256"] != expected["sha256"]:
                 wrong.append(f"{path} is damaged: its checksum is not that of the {MANIFEST}")
         except OSError as error:

@@ -91,5 +91,6 @@ def parts_of_run(entry: WeightEntry, shape: Sequence[int], start: int, values: d
             whole_shape = (*shape[:axis], region.hf_size, *shape[axis + 1:])
             for kind, run in values.items():
                 view = run[begin:begin + math.prod(box)].view(box)
-                yield Part(f"{kind}/{region.hf_name}", whole_shape, where, box, run.dtype, lambda view=view: view, owned)
+                yield Part(f"{kind}/{region.hf_name}", whole_shape, where, box, run.dtype, lambda view=view: view,
+                           owned)
         place += math.prod(sizes)

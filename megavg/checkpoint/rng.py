@@ -1,6 +1,7 @@
 """The state of every generator of random numbers of a process, as plain JSON.
 
-megavg itself draws from generators that it derives from (seed, step, sample, answer) and needs none of this; plug-ins may.
+megavg itself draws from generators that it derives from (seed, step, sample, answer) and needs none of this; plug-ins
+may.
 """
 
 from __future__ import annotations

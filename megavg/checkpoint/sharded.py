@@ -15,7 +15,6 @@ from typing import Sequence
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner,
@@ -148,7 +147,7 @@ class _Loader(LoadPlanner):
         stored = self._metadata.state_dict_metadata.get(part.name)
         if stored is None:
             raise CheckpointError(f"the checkpoint holds no {part.name}; it is of another model, or that parameter was "
-                                  "not trained when it was written (keep model.freeze_*, or start anew with model.path)")
+                                  "not trained when it was written: keep model.freeze_*, or start anew with model.path")
         if tuple(stored.size) != part.shape:
             raise CheckpointError(f"{part.name} has shape {list(stored.size)} in the checkpoint and {list(part.shape)} "
                                   "in this model; the checkpoint is another model's")
@@ -185,13 +184,17 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
-        if module == dcp_metadata.__name__ or (module, name) in _PLAIN:
+        if (module, name) in _PLAIN:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no list of tensors needs")
 
 
+# whole names only: a pickle may ask for "os.system" of any module that imports os
 _PLAIN = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
           ("pathlib", "PosixPath")}
+_PLAIN |= {("torch.distributed.checkpoint.metadata", name) for name in (
+    "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+    "_MEM_FORMAT_ENCODING")}
 
 
 def _index(part: Part) -> MetadataIndex:

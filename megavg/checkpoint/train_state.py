@@ -121,8 +121,8 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             there = checkpoints(self.folder)
             last = f"the last whole one is {there[-1]}" if there else "there is none before it"
-            raise CheckpointError(f"the checkpoint {final} could not be written ({error}); make room or mend the folder's "
-                                  f"permissions, and resume: {last}") from error
+            raise CheckpointError(f"the checkpoint {final} could not be written ({error}); make room or mend the "
+                                  f"folder's permissions, and resume: {last}") from error
         if self._rank == 0:
             self._remove_old()
 
@@ -172,7 +172,8 @@ class Checkpoints:
                 problem = problem or error
                 tell(f"{path} is passed over: {error}")
         if problem is not None:
-            raise CheckpointError(f"none of the {len(there)} checkpoints in {self.folder} is whole; the newest: {problem}")
+            raise CheckpointError(f"none of the {len(there)} checkpoints in {self.folder} is whole; the newest: "
+                                  f"{problem}")
         return None
 
     def check(self, path: Path) -> dict:
@@ -184,8 +185,8 @@ class Checkpoints:
         wrong = [line for lines in self._together(look) for line in lines]
         if wrong:
             more = f" ({len(wrong)} files in all)" if len(wrong) > 1 else ""
-            raise CheckpointError(f"{wrong[0]}{more}; take the checkpoint before (trainer.resume=auto does), or copy it "
-                                  "again")
+            raise CheckpointError(f"{wrong[0]}{more}; take the checkpoint before (trainer.resume=auto does), or copy "
+                                  "it again")
         return read_manifest(path)
 
     def read(self, path: Path, parts: Iterable[Part]) -> None:

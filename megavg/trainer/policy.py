@@ -159,7 +159,8 @@ class Policy(Answering):
             copies = context.tp_size if entry.axis is None else entry.copies
             # a tied model's last stage holds a copy of the embedding, which the first one writes
             owned = context.tp_rank % copies == 0 and not (tied and state.name == "head.weight")
-            yield from parts_of_run(entry, state.shape, state.start, state.values, context.tp_size, context.tp_rank, owned)
+            yield from parts_of_run(entry, state.shape, state.start, state.values, context.tp_size, context.tp_rank,
+                                    owned)
 
     def load(self, read: Callable[[Iterable[Part]], None], optimizer_steps: int) -> None:
         """Restore weights and optimiser state: ``read`` fills the views it is given; all ranks call it."""
