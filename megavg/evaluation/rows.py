@@ -140,7 +140,7 @@ def _detection(sample: Sample, completion: Completion) -> dict:
 def _found(predicted: Sequence[Box], labels: Sequence, truth: Sequence[Box], true_labels: Sequence) -> list[float]:
     """IoU of every pair of equal labels, matched greedily in the order of ``predicted``."""
     overlaps = []
-    for name in dict.fromkeys(true_labels):
+    for name in dict.fromkeys(label for label in true_labels if label):
         ours = [box for box, label in zip(predicted, labels) if label == name]
         theirs = [box for box, label in zip(truth, true_labels) if label == name]
         overlaps += [overlap for _, _, overlap in match(ours, theirs)]

@@ -131,7 +131,7 @@ def test_the_exact_prompt_is_in_the_log_and_in_the_folder(runs):
     assert yaml.safe_load((folder / "right" / "prompts.yaml").read_text())["rec"] == "Locate {expression}."
 
 
-def in_a_layout(config: dict, shards: str, tensor: int) -> tuple[list, list[str]]:
+def in_a_layout(config: dict, shards: str, tensor: int, pipeline: int) -> tuple[list, list[str]]:
     """(what the check sees on this rank, the samples that it asks for)."""
     from megavg.parallel.mcore import make_context, start_processes
     from megavg.protocols.options import LabelNoise
@@ -140,7 +140,7 @@ def in_a_layout(config: dict, shards: str, tensor: int) -> tuple[list, list[str]
     from megavg.trainer.config import DataConfig, ModelConfig
     from megavg.trainer.frame_check import check_frame, known_samples
 
-    context = make_context(tensor, 1, start_processes())
+    context = make_context(tensor, pipeline, start_processes())
     model = LoadedModel(ModelConfig(**config), context, 4)
     source = make_source(DataConfig([shards]), 8, 0, context, LabelNoise())
     samples = known_samples(source.next_batch, 8, context)
@@ -150,11 +150,12 @@ def in_a_layout(config: dict, shards: str, tensor: int) -> tuple[list, list[str]
 
 def test_every_layout_sees_the_same(warm_up, few_scenes):
     config = {"path": str(warm_up / "hf"), "dtype": "float32"}
-    (alone, keys), = run_ranks(1, in_a_layout, config, str(few_scenes), 1)
-    (data_0, keys_0), (data_1, keys_1) = run_ranks(2, in_a_layout, config, str(few_scenes), 1)
-    (tensor_0, both), _ = run_ranks(2, in_a_layout, config, str(few_scenes), 2)
-    assert len(set(keys)) == 8 and sorted(keys_0 + keys_1) == sorted(keys) == sorted(both)
-    assert alone == data_0 == data_1 == tensor_0
+    (alone, keys), = run_ranks(1, in_a_layout, config, str(few_scenes), 1, 1)
+    (data_0, keys_0), (data_1, keys_1) = run_ranks(2, in_a_layout, config, str(few_scenes), 1, 1)
+    (tensor_0, both), _ = run_ranks(2, in_a_layout, config, str(few_scenes), 2, 1)
+    (stage_0, _), (stage_1, whole) = run_ranks(2, in_a_layout, config, str(few_scenes), 1, 2)
+    assert len(set(keys)) == 8 and sorted(keys_0 + keys_1) == sorted(keys) == sorted(both) == sorted(whole)
+    assert alone == data_0 == data_1 == tensor_0 == stage_0 == stage_1
 
 
 def test_the_tool(warm_up, few_scenes):
