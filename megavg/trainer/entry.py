@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 
 def run(parse: Callable[[], Any], make: Callable[[Any], Any]) -> int:
-    """``make(parse()).run()``: what it returns (None is 0), or 2 after an error that its message tells how to mend.
+    """``make(parse()).run()``: the exit status that it returns, else 0; or 2 after an error that its message tells how to mend.
 
     Args:
         parse: gives the configuration; it loads no torch, so that a typo is answered at once.
@@ -27,7 +27,8 @@ def run(parse: Callable[[], Any], make: Callable[[Any], Any]) -> int:
     except (ValueError, OSError) as error:
         return tell(error)
     try:
-        return made.run() or 0
+        status = made.run()
+        return status if isinstance(status, int) else 0
     except (BadData, CheckpointError) as error:
         return tell(error)
 
