@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
@@ -11,8 +12,8 @@ import torch
 
 from megavg.checkpoint.convert import NO_LAYOUT, Source
 from megavg.checkpoint.convert_file import numbers
-from megavg.checkpoint.hf import INDEX, SINGLE
-from megavg.checkpoint.manifest import read_manifest, wrong_files
+from megavg.checkpoint.hf import INDEX, SINGLE, copy_side_files
+from megavg.checkpoint.manifest import MANIFEST, read_manifest, wrong_files
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -93,11 +94,10 @@ def _files_of_hf(out: Path) -> list[str]:
     held, total, wrong = {}, 0, []
     for path in sorted(out.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt") as file, path.open("rb") as raw:
                 wrong += [f"tensor {name} is in {held[name]} and in {path.name}" for name in file.keys() if name in held]
                 held |= dict.fromkeys(file.keys(), path.name)
-                header = int.from_bytes(path.open("rb").read(8), "little")
-                total += path.stat().st_size - 8 - header
+                total += path.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
         except SafetensorError as error:
             wrong.append(f"{path} cannot be read ({error})")
     if not (out / INDEX).is_file():
@@ -113,18 +113,19 @@ def _files_of_hf(out: Path) -> list[str]:
 
 def _side_files(folder: Path, source: Source) -> list[str]:
     """Compare configuration, tokenizer and processor; only the dtype in config.json may differ."""
-    # those of the source were chosen by ``copy_side_files``, so the names are compared one way
     wrong = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors" or path.name == INDEX or path.is_dir():
-            continue
-        theirs = source.directory / path.name
-        if not theirs.is_file():
-            wrong.append(f"{path} has no counterpart in {source.directory}")
-        elif path.name == "config.json":
-            wrong += _config(json.loads(path.read_text()), json.loads(theirs.read_text()), source.dtype, path)
-        elif path.read_bytes() != theirs.read_bytes():
-            wrong.append(f"{path} is not that of {source.directory}")
+    with tempfile.TemporaryDirectory() as name:
+        copy_side_files(source.directory, Path(name))
+        expected = {path.name: path.read_bytes() for path in Path(name).iterdir()}
+    found = {path.name: path.read_bytes() for path in folder.iterdir()
+             if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, MANIFEST)}
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found or name not in expected:
+            wrong.append(f"{folder / name} is missing" if name in expected else f"{folder / name} is not of the source")
+        elif name == "config.json":
+            wrong += _config(json.loads(found[name]), json.loads(expected[name]), source.dtype, folder / name)
+        elif found[name] != expected[name]:
+            wrong.append(f"{folder / name} is not that of {source.directory}")
     return wrong
 
 

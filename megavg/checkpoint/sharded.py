@@ -35,7 +35,7 @@ def write_parts(folder: Path, parts: Sequence[Part], group: dist.ProcessGroup | 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
         try:
-            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, process_group=group,
+            dcp.save({}, storage_writer=_Writer(folder), planner=planner, process_group=group,
                      no_dist=group is None)
         except dcp.api.CheckpointException as error:  # a BaseException, with the traceback of each rank that failed
             rank, (cause, _) = next(iter(error.failures.items()))
@@ -170,6 +170,19 @@ class _Loader(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Raises what the system said, such as a full disk, where torch's archive then only finds itself spoilt."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error
 
 
 class _Reader(dcp.FileSystemReader):

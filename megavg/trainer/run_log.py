@@ -79,6 +79,11 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
 
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether the writing process finds a line of ``step`` with figures named ``prefix``... in metrics.jsonl."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in lines)
+
     def progress(self, step: int, values: dict[str, Any]) -> None:
         """Show where the training is, a bar on a terminal, a line now and then elsewhere; and why answers scored."""
         if not self.is_writer:

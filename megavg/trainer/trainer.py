@@ -97,6 +97,7 @@ class Trainer:
 
     def _train(self, stop: StopSignal) -> str | None:
         """Take the steps that are left; returns the name of the signal that ended it before."""
+        self._record_kept_results()
         self.evaluate(self.start_step, self._sets_missed())
         reached = self._goal_reached(self._stored_accuracy(self.start_step))
         for step in range(self.start_step, self.start_step if reached else self.settings.num_steps):
@@ -226,11 +227,21 @@ class Trainer:
                 write_json(path, {"set": name, "step": step, **result, "rows": rows})
                 if picture is not None:
                     self.log.picture(step, f"eval/{name}", picture)
-            figures = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-            self.log.record(step, {f"eval/{name}/{key}": value for key, value in figures.items()})
+            self._record_figures(step, name, result)
             self.log.say(f"{name} at step {step}: {summary(result)}")
             accuracy[name] = headline(result)[1]
         return accuracy
+
+    def _record_figures(self, step: int, name: str, result: dict) -> None:
+        figures = {key: value for key, value in result.items() if isinstance(value, (int, float)) and key != "step"}
+        self.log.record(step, {f"eval/{name}/{key}": value for key, value in figures.items()})
+
+    def _record_kept_results(self) -> None:
+        """Make up the lines of evaluations whose process was killed between keeping the result and writing its line."""
+        for name in self._sets_due(self.start_step) if self.start_step and self.context.is_writer else ():
+            path = self._result_path(name, self.start_step)
+            if path.exists() and not self.log.has(self.start_step, f"eval/{name}/"):
+                self._record_figures(self.start_step, name, json.loads(path.read_text()))
 
     def _goal_reached(self, accuracy: dict[str, float]) -> bool:
         goals = self.config.evaluation.stop_at
