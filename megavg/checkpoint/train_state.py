@@ -222,8 +222,16 @@ class Checkpoints:
 
 
 def read_trainer_state(path: Path) -> dict:
-    """The content of trainer.json of a checkpoint that was checked."""
-    return json.loads((Path(path) / TRAINER).read_text())
+    """The content of trainer.json of a checkpoint that was checked.
+
+    Raises:
+        CheckpointError: it is a model that was converted, with no state of a training.
+    """
+    try:
+        return json.loads((Path(path) / TRAINER).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} holds a model and no state of a training: it was converted. Start from it with "
+                              "model.path instead of trainer.resume") from error
 
 
 def _held(part: Part) -> Part:
