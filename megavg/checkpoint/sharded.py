@@ -6,20 +6,24 @@ when its turn comes and let go after it, so that neither way needs more memory t
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner,
                                                   TensorWriteData, WriteItem, WriteItemType)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megavg.checkpoint.errors import CheckpointError, first_line
 from megavg.checkpoint.parts import Part
@@ -173,16 +177,31 @@ class _Loader(LoadPlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Raises what the system said, such as a full disk, where torch's archive then only finds itself spoilt."""
+    """Lets each box go when it is written; torch's own ``write_data`` keeps them all until the file is whole."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        done: Future[list[WriteResult]] = Future()
         try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
+            done.set_result(list(self._written(name, plan.items, planner)))
+        except RuntimeError as error:  # what the system said, such as a full disk; torch's archive finds itself spoilt
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise cause or error
+        return done
+
+    def _written(self, name: str, items: Sequence[WriteItem], planner: SavePlanner) -> Iterator[WriteResult]:
+        with open(Path(self.path) / name, "wb") as file:
+            for item in items:
+                start = file.tell()
+                tensor = planner.resolve_data(item).cpu()
+                # torch.save writes storages whole
+                torch.save(tensor if tensor.untyped_storage().size() == tensor.nbytes else tensor.clone(), file)
+                length = file.tell() - start
+                yield WriteResult(item.index, length, _StorageInfo(name, start, length))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _Reader(dcp.FileSystemReader):

@@ -89,7 +89,7 @@ class RunState:
         if not path.is_dir():
             raise ValueError(f"trainer.resume={resume} is no folder; give auto, or a folder such as "
                              f"{self.folder / 'step-000100'}")
-        if path.resolve().parent == self.folder.resolve() and path.name != mine[-1].name:
+        if mine and path.resolve().parent == self.folder.resolve() and path.name != mine[-1].name:
             raise ValueError(f"trainer.resume={resume} is older than {mine[-1].name}, which this run has reached; to "
                              "branch off, choose another trainer.output_dir")
         self._store.check(path)
