@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megavg.parallel.context import ParallelContext
+from megavg.parallel.launcher import read_launcher
 from megavg.parallel.quiet import quieten
 
 
@@ -20,34 +21,6 @@ def check_world_size(world_size: int, tensor: int, pipeline: int) -> None:
             f"world size {world_size} is not divisible by tensor_model_parallel_size * pipeline_model_parallel_size = "
             f"{tensor} * {pipeline}; change parallel.tensor_model_parallel_size or "
             "parallel.pipeline_model_parallel_size, or start another number of processes")
-
-
-# what mpirun (Open MPI), mpirun and srun (PMI) and srun say of a process: rank, world size, rank on its machine
-_LAUNCHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-              ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-
-
-def _read_launcher(environment: dict[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torch.distributed reads them, from any launcher.
-
-    A process that no launcher started is alone. Several processes need an address to meet at.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = {name: environment[name] for name in names if name in environment}
-    for launcher in _LAUNCHERS:
-        if "RANK" not in found and all(name in environment for name in launcher):
-            found = dict(zip(names, (environment[name] for name in launcher)))
-    if "RANK" in found and "WORLD_SIZE" not in found or "WORLD_SIZE" in found and "RANK" not in found:
-        raise ValueError(f"the environment sets only {', '.join(found)}; set both RANK and WORLD_SIZE, or neither")
-    alone = int(found.setdefault("WORLD_SIZE", "1")) == 1
-    found.setdefault("RANK", "0")
-    found.setdefault("LOCAL_RANK", found["RANK"] if alone else "0")
-    found["MASTER_ADDR"] = environment.get("MASTER_ADDR", "127.0.0.1" if alone else "")
-    found["MASTER_PORT"] = environment.get("MASTER_PORT", "0" if alone else "29500")
-    if not found["MASTER_ADDR"]:
-        raise ValueError(f"{found['WORLD_SIZE']} processes were started without an address to meet at; set MASTER_ADDR "
-                         "to the host of rank 0, or start them with the deepspeed launcher")
-    return found
 
 
 def _device() -> torch.device:
@@ -79,7 +52,7 @@ def start_processes(timeout_minutes: float = 30.0) -> torch.device:
 
     NCCL for CUDA, gloo for CPU. On CPU each process takes its share of the machine's cores.
     """
-    os.environ.update(_read_launcher(dict(os.environ)))
+    os.environ.update(read_launcher(dict(os.environ)))
     device = _device()
     quieten()
     if not dist.is_initialized():

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from megavg.parallel.mcore import _read_launcher, check_world_size
+from megavg.parallel.launcher import read_launcher
+from megavg.parallel.mcore import check_world_size
 
 
 def ranks(environment: dict[str, str]) -> tuple[str, str, str]:
-    found = _read_launcher(environment)
+    found = read_launcher(environment)
     return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
 
 
 def test_alone_without_a_launcher():
-    found = _read_launcher({})
+    found = read_launcher({})
     assert ranks({}) == ("0", "1", "0")
     assert found["MASTER_PORT"] == "0"  # any free port, so that two lone runs do not meet
 
@@ -42,7 +43,7 @@ def test_torch_names_win_over_the_scheduler():
 def test_half_an_environment_is_refused(environment, message):
     """Otherwise every process would believe to be alone and write over the others' files."""
     with pytest.raises(ValueError, match=message):
-        _read_launcher(environment)
+        read_launcher(environment)
 
 
 def test_a_world_that_does_not_divide_is_refused():
