@@ -1,4 +1,4 @@
-"""Which process am I: what each launcher says of it, and where all of them meet. Standard library, and mpi4py if asked."""
+"""Which process am I: what each launcher says of it, and where all of them meet."""
 
 from __future__ import annotations
 

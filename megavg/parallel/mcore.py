@@ -77,7 +77,7 @@ def stop_processes() -> None:
 
 def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelContext:
     """Build megatron-core's groups over the running processes and return this process' place in them."""
-    from megatron.core import parallel_state
+    from megavg.parallel.core import parallel_state
 
     check_world_size(dist.get_world_size(), tensor, pipeline)
     if parallel_state.model_parallel_is_initialized():
@@ -86,7 +86,7 @@ def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelCo
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False)
     if device.type == "cuda":
         # megatron-core initialises layers on the GPU from its own random state, and refuses where there is none
-        from megatron.core import tensor_parallel
+        from megavg.parallel.core import tensor_parallel
 
         tensor_parallel.model_parallel_cuda_manual_seed(0)
     return ParallelContext(
@@ -105,7 +105,7 @@ def _leave_groups() -> None:
     megatron-core only forgets them. A gloo group keeps three threads and a layout has a dozen groups, so a process that
     goes through many layouts would spend its time on them.
     """
-    from megatron.core import parallel_state
+    from megavg.parallel.core import parallel_state
 
     groups = [value for value in vars(parallel_state).values() if isinstance(value, dist.ProcessGroup)]
     parallel_state.destroy_model_parallel()
@@ -116,7 +116,7 @@ def _leave_groups() -> None:
 
 def layer_config(context: ParallelContext, dtype: torch.dtype, sequence_parallel: bool = False):
     """megatron-core's configuration for its tensor-parallel layers."""
-    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megavg.parallel.core import ModelParallelConfig
 
     # perform_initialization=False would skip the tensor-parallel marks that the gradient norm counts by
     return ModelParallelConfig(
@@ -132,12 +132,12 @@ class DeepSpeedMpu:
         self._context = context
 
     def __getattr__(self, name):
-        from megatron.core import parallel_state
+        from megavg.parallel.core import parallel_state
 
         return getattr(parallel_state, name)
 
     def get_model_parallel_group(self):
-        from megatron.core import parallel_state
+        from megavg.parallel.core import parallel_state
 
         return parallel_state.get_model_parallel_group()
 

@@ -166,7 +166,7 @@ def kept_gathered(module: nn.Module) -> Iterator[None]:
 def sum_tied_gradient(parameter: nn.Parameter) -> None:
     """Add up the gradients that the first and the last stage have for their copies of one tied matrix."""
     from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-    from megatron.core import parallel_state
+    from megavg.parallel.core import parallel_state
 
     gradient = safe_get_local_grad(parameter).clone()
     dist.all_reduce(gradient, group=parallel_state.get_embedding_group())

@@ -11,11 +11,11 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from torch import nn
 
 from megavg.models.layers.norm import RMSNorm
 from megavg.parallel.context import ParallelContext
+from megavg.parallel.core import tensor_parallel
 from megavg.parallel.mcore import layer_config
 from megavg.parallel.tensor import padded_rows, summed_over_copies
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import tensor_parallel
 from torch import nn
 
 from megavg.ops.vocab_pair import pair_divergence
@@ -11,6 +10,7 @@ from megavg.ops.vocab_parallel import token_scores
 from megavg.ops.vocab_shard import VocabShard
 from megavg.ops.vocab_torch import project
 from megavg.parallel.context import ParallelContext
+from megavg.parallel.core import tensor_parallel
 from megavg.protocols.options import HeadOptions
 
 

@@ -6,10 +6,10 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from torch import nn
 
 from megavg.parallel.apex import has_nvidia_apex
+from megavg.parallel.core import tensor_parallel
 
 
 def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

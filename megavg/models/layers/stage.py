@@ -6,7 +6,6 @@ import itertools
 from typing import Callable, Sequence
 
 import torch
-from megatron.core import tensor_parallel
 from torch import nn
 
 from megavg.models.layers.language_model import (Attend, DecoderDims, DecoderLayer, causal_attention, packed_attention,
@@ -15,6 +14,7 @@ from megavg.models.layers.lm_head import LMHead
 from megavg.models.layers.norm import RMSNorm
 from megavg.models.layers.recompute import recompute_in_backward
 from megavg.parallel.context import ParallelContext
+from megavg.parallel.core import tensor_parallel
 from megavg.parallel.mcore import layer_config
 from megavg.parallel.tensor import padded_rows
 from megavg.protocols.batch import IGNORE
