@@ -49,8 +49,8 @@ def meeting_place(world_size: int) -> tuple[str, str]:
                          f"one, cannot be imported ({error}); pass -x MASTER_ADDR=HOST_OF_RANK_0 to mpirun") from error
     world = MPI.COMM_WORLD
     if world.size != world_size:
-        raise ValueError(f"mpirun started {world_size} processes, but mpi4py sees {world.size}: it was built for another "
-                         "MPI; install mpi4py anew, or pass -x MASTER_ADDR=HOST_OF_RANK_0 to mpirun")
+        raise ValueError(f"mpirun started {world_size} processes, but mpi4py sees {world.size}: it was built for "
+                         "another MPI; install mpi4py anew, or pass -x MASTER_ADDR=HOST_OF_RANK_0 to mpirun")
     on_this_machine = world.Split_type(MPI.COMM_TYPE_SHARED)
     port = None
     if world.rank == 0:
