@@ -12,7 +12,8 @@ from typing import Any, Callable, Sequence
 import torch
 
 from megavg.checkpoint.convert_file import Entry, write_file
-from megavg.checkpoint.hf import INDEX, SINGLE, HFCheckpoint, _legacy_name, _set_dtype, copy_side_files
+from megavg.checkpoint.errors import CheckpointError
+from megavg.checkpoint.hf import INDEX, SINGLE, HFCheckpoint, legacy_name, set_dtype, copy_side_files
 from megavg.checkpoint.manifest import facts_of, sync_folder, write_manifest
 from megavg.checkpoint.parts import whole
 from megavg.checkpoint.saved import WEIGHTS, SavedCheckpoint, open_checkpoint
@@ -50,8 +51,8 @@ class Source:
         try:
             shape, dtype = self._opened.facts(name)
         except KeyError as error:
-            raise ValueError(f"tensor {name} in {self.folder} is stored in {error.args[0]}; only tensors in fp64, fp32, "
-                             "bf16 and fp16 are converted") from error
+            raise ValueError(f"tensor {name} in {self.folder} is stored in {error.args[0]}; only tensors in fp64, "
+                             "fp32, bf16 and fp16 are converted") from error
         return shape, self.dtype or dtype
 
     def read(self, name: str) -> torch.Tensor:
@@ -95,7 +96,7 @@ def plan_files(source: Source, names: Sequence[str], out: Path, max_bytes: int) 
     """Cut the tensors, in the order of ``names``, into files of at most ``max_bytes``; a larger one has its own."""
     files: list[list[Entry]] = [[]]
     for name in names:
-        entry = Entry(name, _legacy_name(name) if source.legacy else name, *source.facts(name))
+        entry = Entry(name, legacy_name(name) if source.legacy else name, *source.facts(name))
         if files[-1] and sum(other.num_bytes for other in files[-1]) + entry.num_bytes > max_bytes:
             files.append([])
         files[-1].append(entry)
@@ -130,15 +131,29 @@ def write_saved(out: Path, source: Source, names: Sequence[str], about: dict[str
 
     Args:
         about: goes into the manifest (family, box_format).
+        wrote: is told how many bytes have been written.
+
+    Raises:
+        ValueError: a tensor of ``source`` cannot be read or cast.
+        OSError: the folder cannot be written; what there is of it is left.
     """
+    done = 0
+
     def fetch(name: str) -> torch.Tensor:
+        nonlocal done
         tensor = source.read(name)
-        wrote(tensor.nbytes)
+        done += tensor.nbytes
+        wrote(done)
         return tensor
 
     facts = {name: source.facts(name) for name in names}
-    write_parts(out / STATE, [whole(WEIGHTS + name, shape, dtype, lambda name=name: fetch(name))
-                              for name, (shape, dtype) in facts.items()])
+    parts = [whole(WEIGHTS + name, shape, dtype, lambda name=name: fetch(name))
+             for name, (shape, dtype) in facts.items()]
+    try:
+        write_parts(out / STATE, parts)
+    except CheckpointError as error:  # which tells of ranks; this process is alone
+        cause, _ = getattr(error.__cause__, "failures", {}).get(0, (error, None))
+        raise cause from error
     (out / MODEL).mkdir()
     _side_files(source, out / MODEL)
     held = Counter()
@@ -153,7 +168,7 @@ def write_saved(out: Path, source: Source, names: Sequence[str], about: dict[str
 def _side_files(source: Source, out: Path) -> None:
     copy_side_files(source.directory, out)
     if source.dtype is not None:
-        _set_dtype(out / "config.json", source.dtype)
+        set_dtype(out / "config.json", source.dtype)
     for path in out.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             with path.open("rb") as file:

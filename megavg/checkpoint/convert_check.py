@@ -95,8 +95,9 @@ def _files_of_hf(out: Path) -> list[str]:
     for path in sorted(out.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file, path.open("rb") as raw:
-                wrong += [f"tensor {name} is in {held[name]} and in {path.name}" for name in file.keys() if name in held]
-                held |= dict.fromkeys(file.keys(), path.name)
+                names = list(file.keys())
+                wrong += [f"tensor {name} is in {held[name]} and in {path.name}" for name in names if name in held]
+                held |= dict.fromkeys(names, path.name)
                 total += path.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
         except SafetensorError as error:
             wrong.append(f"{path} cannot be read ({error})")

@@ -29,7 +29,8 @@ def _modern_name(name: str) -> str:
     return name
 
 
-def _legacy_name(name: str) -> str:
+def legacy_name(name: str) -> str:
+    """The older name of a tensor (Qwen2-VL and Qwen2.5-VL on the hub)."""
     for modern, legacy in (("model.visual.", "visual."), ("model.language_model.", "model.")):
         if name.startswith(modern):
             return legacy + name.removeprefix(modern)
@@ -132,7 +133,7 @@ def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, torch.Ten
     partial.mkdir(parents=True)
     copy_side_files(source.directory, partial)
     dtype = _write_shards(partial, tensors, source.legacy, max_shard_bytes)
-    _set_dtype(partial / "config.json", dtype)
+    set_dtype(partial / "config.json", dtype)
     replace_directory(partial, out_dir)
 
 
@@ -153,7 +154,7 @@ def replace_directory(partial: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _set_dtype(config_path: Path, dtype: torch.dtype) -> None:
+def set_dtype(config_path: Path, dtype: torch.dtype) -> None:
     """Have config.json say the dtype of the written weights; a file that says so already is left as it is."""
     text = config_path.read_text()
     config = json.loads(text)
@@ -186,7 +187,7 @@ def _write_shards(folder: Path, tensors, legacy: bool, max_shard_bytes: int) -> 
     for name, tensor in tensors:
         if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
             flush()
-        pending[_legacy_name(name) if legacy else name] = tensor.detach().to("cpu", copy=True).contiguous()
+        pending[legacy_name(name) if legacy else name] = tensor.detach().to("cpu", copy=True).contiguous()
         pending_bytes += tensor.nbytes
     flush()
     if len(shards) == 1:

@@ -28,8 +28,9 @@ class Answering:
 
     def __init__(self, model: Model, config: ModelConfig, context: ParallelContext, prompts_per_pass: int):
         self.model, self.context, self.dtype = model, context, DTYPES[config.dtype]
-        self.processor = Processor.from_pretrained(config.path, config.box_format or model.spec.box_format,
-                                                   config.min_pixels, config.max_pixels)
+        self.processor = Processor.from_pretrained(
+            model.checkpoint.directory, config.box_format or model.spec.box_format, config.min_pixels,
+            config.max_pixels)
         self.builder = InputBuilder(self.processor.image_token_id, self.processor.pad_token_id,
                                     model.config.vision_config.spatial_merge_size, self.processor.patch_dim,
                                     self.dtype, context.device, with_images=context.is_first_stage)
