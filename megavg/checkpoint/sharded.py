@@ -6,27 +6,24 @@ when its turn comes and let go after it, so that neither way needs more memory t
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner,
                                                   TensorWriteData, WriteItem, WriteItemType)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from megavg.checkpoint.errors import CheckpointError, first_line
 from megavg.checkpoint.parts import Part
+from megavg.checkpoint.storage import Reader, Writer
 
 
 def write_parts(folder: Path, parts: Sequence[Part], group: dist.ProcessGroup | None = None) -> None:
@@ -39,7 +36,7 @@ def write_parts(folder: Path, parts: Sequence[Part], group: dist.ProcessGroup | 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
         try:
-            dcp.save({}, storage_writer=_Writer(folder), planner=planner, process_group=group,
+            dcp.save({}, storage_writer=Writer(folder), planner=planner, process_group=group,
                      no_dist=group is None)
         except dcp.api.CheckpointException as error:  # a BaseException, with the traceback of each rank that failed
             rank, (cause, _) = next(iter(error.failures.items()))
@@ -64,7 +61,7 @@ class ShardedFolder:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._reader = _Reader(self.folder)
+        self._reader = Reader(self.folder)
         try:
             self._metadata = self._reader.read_metadata()
         except FileNotFoundError as error:
@@ -138,6 +135,10 @@ class _Loader(LoadPlanner):
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
         self._metadata = metadata
+        self._sizes = {(name, tuple(chunk.offsets)): chunk.sizes
+                       for name in {part.name for part in self._parts.values()}
+                       if name in metadata.state_dict_metadata
+                       for chunk in metadata.state_dict_metadata[name].chunks}
 
     def create_local_plan(self) -> LoadPlan:
         wanted = defaultdict(list)
@@ -172,61 +173,14 @@ class _Loader(LoadPlanner):
             tensor = tensor.narrow(axis, offset, length)
         return tensor
 
+    def stored(self, item: ReadItem) -> tuple[torch.Size, torch.dtype]:
+        """(sizes of the stored box, dtype) that an item reads from."""
+        index = item.storage_index
+        tensor = self._metadata.state_dict_metadata[index.fqn]
+        return self._sizes[index.fqn, tuple(index.offset)], tensor.properties.dtype
+
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Lets each box go when it is written; torch's own ``write_data`` keeps them all until the file is whole."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        done: Future[list[WriteResult]] = Future()
-        try:
-            done.set_result(list(self._written(name, plan.items, planner)))
-        except RuntimeError as error:  # what the system said, such as a full disk; torch's archive finds itself spoilt
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error
-        return done
-
-    def _written(self, name: str, items: Sequence[WriteItem], planner: SavePlanner) -> Iterator[WriteResult]:
-        with open(Path(self.path) / name, "wb") as file:
-            for item in items:
-                start = file.tell()
-                tensor = planner.resolve_data(item).cpu()
-                # torch.save writes storages whole
-                torch.save(tensor if tensor.untyped_storage().size() == tensor.nbytes else tensor.clone(), file)
-                length = file.tell() - start
-                yield WriteResult(item.index, length, _StorageInfo(name, start, length))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the list of tensors without running what a pickle may ask for: checkpoints are passed around."""
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            return _PlainUnpickler(file).load()
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
-            return getattr(torch, name)
-        if (module, name) in _PLAIN:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no list of tensors needs")
-
-
-# whole names only: a pickle may ask for "os.system" of any module that imports os
-_PLAIN = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
-          ("pathlib", "PosixPath")}
-_PLAIN |= {("torch.distributed.checkpoint.metadata", name) for name in (
-    "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-    "_MEM_FORMAT_ENCODING")}
 
 
 def _index(part: Part) -> MetadataIndex:

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
 from megavg.checkpoint.errors import CheckpointError
 from megavg.checkpoint.parts import Part, whole
@@ -40,6 +41,15 @@ def test_ranks_write_boxes_and_one_process_reads_others(tmp_path):
 def test_a_tensor_that_is_not_whole_is_not_written(tmp_path):
     with pytest.raises(AssertionError, match="CheckpointError: rank 0: ValueError: the ranks hold 9 of the 12 numbers of a"):
         run_ranks(2, write_on_two, str(tmp_path / "x"), True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_is_written_torch_reads(tmp_path):
+    tensors = {"a": torch.arange(12.0).view(3, 4), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 3, 4)[:, 1:]}
+    write_parts(tmp_path / "x", [whole(name, t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()])
+    found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    dcp.load(found, checkpoint_id=tmp_path / "x", no_dist=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.fixture
