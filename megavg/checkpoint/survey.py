@@ -92,7 +92,7 @@ def open_holding(path: Path) -> Holding:
     if isinstance(opened, SavedCheckpoint):
         state = ShardedFolder(path / STATE)
         return Holding(path, opened.directory, opened.manifest, state.tensors, state.read)
-    tensors = {WEIGHTS + name: _facts(opened, name) for name in opened.names}
+    tensors = {WEIGHTS + name: opened.facts(name) for name in opened.names}
     head = WEIGHTS + "lm_head.weight"
     tied = head in tensors and WEIGHTS + "model.language_model.embed_tokens.weight" in tensors and \
         _is_tied(opened.directory)
@@ -104,14 +104,6 @@ def open_holding(path: Path) -> Holding:
         return HFCheckpoint(path).read(name.removeprefix(WEIGHTS))
 
     return Holding(path, opened.directory, None, tensors, read, tied)
-
-
-def _facts(opened: HFCheckpoint, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    try:
-        return opened.facts(name)
-    except KeyError as error:
-        raise ValueError(f"tensor {name} in {opened.directory} is stored in {error.args[0]}; only fp64, fp32, bf16 and "
-                         "fp16 are read") from error
 
 
 def _config(directory: Path) -> dict[str, Any]:
