@@ -1,0 +1,118 @@
+# What the job scripts share; they source this file with MEGAVG_HOME set to the repository.
+
+. "$MEGAVG_HOME/slurm/env.sh"
+
+STOPPED=75  # exit status of a run that was asked to leave and has saved (megavg/trainer/stop_signal.py)
+MENDABLE=2  # exit status of an error that its message tells how to mend
+LEFT=" $STOPPED $((128 + $(kill -l USR1))) $((128 + $(kill -l TERM))) "  # asked to leave; the latter two at start-up
+
+say() { printf '[slurm] %s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit "$MENDABLE"; }
+quoted() { printf '%q ' "$@"; }
+
+usage() {  # SCRIPT: print its comment
+    sed -n '/^# /,/^[^#]/s/^# \{0,1\}//p' "$1"
+}
+
+dry_run() {  # SCRIPT COMMAND...: say what would run, and end
+    local script=$1
+    shift
+    say "dry run: nothing is started"
+    say "resources, where sbatch is not told others: $(sed -n 's/^#SBATCH //p' "$script" | tr '\n' ' ')"
+    [ -z "${SLURM_JOB_ID:-}" ] || say "job $SLURM_JOB_ID: ${SLURM_NTASKS:-1} tasks on $SLURM_JOB_NODELIST"
+    [ -z "${MASTER_ADDR:-}" ] || say "rank 0 is met at $MASTER_ADDR:$MASTER_PORT"
+    say "python is $(command -v python || echo missing: set MEGAVG_VENV)"
+    printf '%s\n' "$(quoted "$@")"
+    exit 0
+}
+
+check_config() {  # MODULE SECTION CONFIG ARGUMENTS...: print SECTION.output_dir, or say what is wrong, before a start
+    python - "$MEGAVG_HOME" "$1" "$2" --config "${@:3}" << 'EOF'
+import importlib
+import sys
+
+sys.path[0], module, section = sys.argv[1:4]
+try:
+    config = importlib.import_module(module).parse_command_line(sys.argv[4:])
+except ValueError as error:
+    sys.exit(f"error: {error}")
+print(getattr(config, section).output_dir)
+EOF
+}
+
+in_a_job() {
+    [ -n "${SLURM_JOB_ID:-}" ] || fail "this is no Slurm job; submit it with sbatch, or add --dry-run"
+}
+
+find_master() {  # MASTER_ADDR and MASTER_PORT: the first node of the allocation, where rank 0 runs
+    unset MASTER_ADDR MASTER_PORT  # sbatch brings the whole environment of the shell that submits
+    [ -n "${SLURM_JOB_NODELIST:-}" ] || return 0
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # a node's name need not be a host's
+    getent hosts "$MASTER_ADDR" > /dev/null ||
+        MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))  # below the ports that connections take
+}
+
+# one bad exit ends the step, and so does a rank that does not leave after the others
+SRUN=(srun --kill-on-bad-exit=1 --wait=120)
+
+run_ranks() {  # COMMAND...: run it as every rank; starts again what was asked to leave, and exits with how it ended
+    local status first when rank node
+    in_a_job
+    export RANK_NOTES="$PWD/.ranks-$SLURM_JOB_ID"
+    rm -rf "$RANK_NOTES"
+    mkdir "$RANK_NOTES" || fail "cannot write to $PWD; submit from a folder that all nodes share"
+    say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, rank 0 at $MASTER_ADDR:$MASTER_PORT," \
+        "start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T')"
+    trap : USR1 TERM  # the ranks have it too; this shell waits for them
+    "${SRUN[@]}" "$MEGAVG_HOME/slurm/rank.sh" "$@"
+    status=$?
+    touch "$RANK_NOTES/over"  # a change of its own makes a network file system show the other nodes' files
+    first=$(cat "$RANK_NOTES"/ended-* 2>/dev/null | sort -n | head -n 1)
+    [ -z "$first" ] || read -r when status rank node <<< "$first"
+    case "$LEFT" in *" $status "*) [ -z "$first" ] || { rm -rf "$RANK_NOTES"; start_again "asked to leave"; } ;; esac
+    [ "$status" = 0 ] || tell_failure "$status" "${rank:-}" "${node:-}"
+    rm -rf "$RANK_NOTES"
+    if [ "$status" != 0 ] && [ "$status" != "$MENDABLE" ] && [ "$RESTART_AFTER_CRASH" = 1 ]; then
+        start_again "crashed with status $status"
+    fi
+    [ "$status" != 0 ] || say "finished, $(date '+%F %T')"
+    exit "$status"
+}
+
+tell_failure() {  # STATUS RANK NODE: the rank that failed first and its last words, below those of all the others
+    local status=$1 rank=$2 node=$3 how="with status $1" words
+    if [ -z "$rank" ]; then
+        say "srun ended with status $status; no rank told why"
+        return
+    fi
+    [ "$status" -le 128 ] || how="killed by SIG$(kill -l $((status - 128)))"
+    [ "$status" != 137 ] || how+=", as a machine does that is out of memory"
+    # of an error that all ranks see alike, only one prints the message
+    words=$(cat "$RANK_NOTES"/ended-* | sort -n | while read -r _ _ other _; do
+        [ -s "$RANK_NOTES/stderr-$other" ] && echo "$RANK_NOTES/stderr-$other" && break; done)
+    {
+        if [ -n "$words" ]; then
+            say "last lines of rank ${words##*-}:"
+            tail -n 20 "$words"
+        fi
+        say "rank $rank on $node failed first, $how"
+    } >&2
+}
+
+start_again() {  # WHY: put this job into the queue again, or exit with status 75
+    # of an array's tasks, one has the array's own number, which would mean all of them
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} restarts=${SLURM_RESTART_COUNT:-0} state
+    job=${job:-$SLURM_JOB_ID}
+    state=$(scontrol show job -o "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    if [ "$state" != RUNNING ]; then  # it was cancelled, or Slurm itself puts it back
+        say "$1; the job is $state, so it is not started again from here"
+    elif [ "$restarts" -ge "$MAX_RESTARTS" ]; then
+        say "$1 after $restarts restarts, and MAX_RESTARTS=$MAX_RESTARTS; submit the same command to go on"
+    else
+        say "$1; back into the queue for restart $((restarts + 1)) of $MAX_RESTARTS, $(date '+%F %T')"
+        scontrol requeue "$job" && sleep 60  # Slurm ends this script
+    fi
+    exit "$STOPPED"
+}

@@ -1,0 +1,106 @@
+"""The job scripts without a Slurm: what they say they would run, what they refuse, and slurm/README.md's commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "slurm"
+PAGE = (SCRIPTS / "README.md").read_text()
+SUBMITTED = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()
+             if re.search(r"\b(sbatch|bash) .*\.sbatch", line)]
+
+
+def run(script: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MEGAVG_"))}
+    return subprocess.run(["bash", str(SCRIPTS / script), *arguments], cwd=cwd, capture_output=True, text=True,
+                          env={**kept, "MEGAVG_VENV": sys.prefix, **environment}, timeout=60)
+
+
+def last_line(script: str, *arguments: str, **options) -> str:
+    done = run(script, "--dry-run", *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].strip()
+
+
+def test_a_dry_run_says_what_every_rank_would_run():
+    line = last_line("train.sbatch", "examples/demo.yaml", "trainer.num_steps=7", "data.prompt=Where is {expression}?")
+    words = shlex.split(line)
+    assert words[:1] + words[-8:] == [
+        "srun", str(SCRIPTS / "rank.sh"), "python", str(ROOT / "megavg/train.py"), "--config", "examples/demo.yaml",
+        "trainer.resume=auto", "trainer.num_steps=7", "data.prompt=Where is {expression}?"]
+    assert "--kill-on-bad-exit=1" in words
+    shown = run("train.sbatch", "--dry-run", "examples/demo.yaml").stdout
+    assert "--nodes=1 --ntasks-per-node=8 --gpus-per-node=8" in shown and "--signal=USR1@120 --requeue" in shown
+
+
+def test_a_dry_run_of_the_other_scripts(tmp_path):
+    assert last_line("evaluate.sbatch", "examples/evaluate_refcoco.yaml", "evaluation.limit=3").endswith(
+        "megavg/evaluate.py --config examples/evaluate_refcoco.yaml evaluation.limit=3")
+    assert last_line("convert.sbatch", "runs/a", "out", cwd=tmp_path, SLURM_CPUS_PER_TASK="4").endswith(
+        "tools/convert_checkpoint.py runs/a out --workers 4")
+    assert last_line("convert.sbatch", "runs/a", "out", "--workers", "2").endswith("runs/a out --workers 2")
+    line = last_line("make_shards.sbatch", "--format", "scenes", "--count", "4", "--out", "x", MEGAVG_MPI="pmi2")
+    assert line.startswith("srun --mpi=pmi2 ") and line.endswith("make_shards.py --format scenes --count 4 --out x")
+
+
+def test_a_seed_of_an_array_has_its_own_folder():
+    line = last_line("train.sbatch", "examples/demo.yaml", "trainer.output_dir=runs/mine", SLURM_ARRAY_TASK_ID="3")
+    assert line.endswith("trainer.output_dir=runs/mine trainer.seed=3 trainer.output_dir=runs/mine/seed-3")
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    ("train.sbatch", ["examples/demo.yaml", "trainer.num_stps=3"], "did you mean 'num_steps'"),
+    ("train.sbatch", ["gone.yaml"], "configuration file gone.yaml does not exist"),
+    ("evaluate.sbatch", ["examples/evaluate_refcoco.yaml", "evaluation.limt=3"], "did you mean 'limit'"),
+])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_wrong_configuration_is_one_line_before_any_rank_starts(script, arguments, words, dry):
+    done = run(script, *dry, *arguments)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script, arguments", [
+    ("train.sbatch", ["examples/demo.yaml"]), ("evaluate.sbatch", ["examples/evaluate_refcoco.yaml"]),
+    ("convert.sbatch", ["a", "b"]), ("make_shards.sbatch", ["--format", "scenes"])])
+def test_outside_of_slurm_nothing_is_started(script, arguments):
+    done = run(script, *arguments)
+    assert done.returncode == 2 and "submit it with sbatch, or add --dry-run" in done.stderr
+    asked = run(script)
+    assert asked.returncode == 2 and f"slurm/{script}" in asked.stdout and "--dry-run" in asked.stdout
+
+
+def test_a_script_far_from_the_repository_says_what_to_do(tmp_path):
+    copy = tmp_path / "slurm_script"  # as slurmd runs it
+    copy.write_text((SCRIPTS / "train.sbatch").read_text())
+    done = run(str(copy), "--dry-run", str(ROOT / "examples/demo.yaml"), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: submit from megavg's folder, or export MEGAVG_HOME")
+    for name in ("MEGAVG_HOME", "SLURM_SUBMIT_DIR"):
+        assert run(str(copy), "--dry-run", "examples/demo.yaml", **{name: str(ROOT)}).returncode == 0
+
+
+def test_the_page_has_commands():
+    shown = set(re.findall(r"slurm/(\w+\.sbatch)", "".join(SUBMITTED)))
+    assert shown == {path.name for path in SCRIPTS.glob("*.sbatch")}
+
+
+@pytest.mark.parametrize("line", SUBMITTED)
+def test_commands_of_the_page(line):
+    """Each with the options that sbatch would take left out, as a dry run."""
+    words = shlex.split(line.split(" #")[0])
+    place = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
+    arguments = words[place + 1:]
+    done = run(Path(words[place]).name, "--dry-run", *(arguments[1:] if arguments[0] == "--dry-run" else arguments))
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_that_the_page_names_exist():
+    named = re.findall(r"`((?:slurm|megavg|tools|examples|tests|docs)/[\w./]+)`", PAGE)
+    assert named and not [path for path in named if not (ROOT / path).exists()]
