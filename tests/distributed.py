@@ -14,12 +14,8 @@ from typing import Any, Callable
 import torch
 import torch.multiprocessing as mp
 
+from tools.forked_ranks import PRELOADED
 from tools.local_ranks import free_port
-
-PRELOADED = ["megavg.trainer.trainer", "megavg.trainer.evaluation_run",
-             "transformers.models.qwen2_vl.modeling_qwen2_vl", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-             "transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.auto.processing_auto"]
-
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
     """``function(*args)`` on ``world_size`` processes inside one gloo world; returns the results in rank order.

@@ -127,11 +127,16 @@ class Checkpoints:
             self._remove_old()
 
     def _prepare(self, partial: Path, snapshot: Snapshot) -> None:
-        for left in self.folder.glob("step-*.tmp"):  # of a run that was killed
-            shutil.rmtree(left)
+        self._clear_left_overs()
         (partial / RNG).mkdir(parents=True)
         (partial / MODEL).mkdir()
         copy_side_files(snapshot.model_files, partial / MODEL)
+
+    def _clear_left_overs(self) -> None:
+        """Remove what a run that was killed left half written, half removed, or replaced."""
+        for pattern in ("step-*.tmp", "step-*.old"):
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left)
 
     def _own_facts(self, partial: Path, rng: dict) -> dict:
         path = partial / RNG / f"rank-{self._rank:05d}.json"
@@ -163,6 +168,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
         """
+        self._on_first(self._clear_left_overs)
         there, problem = checkpoints(self.folder), None
         for path in reversed(there):
             try:
