@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from tools.forked_ranks import PRELOADED
 from tools.local_ranks import free_port
 
+
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
     """``function(*args)`` on ``world_size`` processes inside one gloo world; returns the results in rank order.
 
