@@ -46,8 +46,9 @@ def training_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
-    """A line without what depends on the clock."""
-    return {key: value for key, value in line.items() if not key.startswith("time/") and key != "tokens_per_second"}
+    """A line without what depends on the clock or on the process."""
+    return {key: value for key, value in line.items()
+            if not key.startswith(("time/", "memory/")) and key != "tokens_per_second"}
 
 
 def all_finite(line: dict[str, Any]) -> bool:

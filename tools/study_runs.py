@@ -321,7 +321,7 @@ def collect(folder: Path) -> dict:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
     names = dict.fromkeys(name for line in training for name, value in line.items()
-                          if isinstance(value, (int, float)) and not name.startswith("time/"))
+                          if isinstance(value, (int, float)) and not name.startswith(("time/", "memory/")))
     curves = {name: [line.get(name) for line in training] for name in names}
     evaluations: dict[str, list] = {}
     for line in lines:

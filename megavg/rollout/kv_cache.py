@@ -27,7 +27,7 @@ class SharedPrefixCache:
 
     def prefill(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Causal attention inside the prompts, whose keys and values [P, Hk, S, d] are kept."""
-        self.prompt[layer] = (k, v)
+        self.prompt[layer] = (k, v.contiguous())  # a view would keep the projection of all heads alive
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
     def step(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,9 @@ class ParallelConfig:
         recompute: keep only the input of each decoder layer and vision block and run it again in the backward.
         zero: how ZeRO-3 partitions over the data-parallel ranks.
         timeout_minutes: a collective that waits longer ends the run.
+        hang_timeout_s: seconds after which a run in which no rank moves is told as hung, with the rank that the others
+            wait for, and ends with exit status 76; 0 never. Below ``timeout_minutes``, and longer than any single call
+            that may take long, such as the writing of the largest file.
     """
 
     tensor_model_parallel_size: int = 1
@@ -78,9 +81,11 @@ class ParallelConfig:
     recompute: bool = False
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     timeout_minutes: float = 30.0
+    hang_timeout_s: float = 600.0
 
     def __post_init__(self):
         _at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        _at_least(self, 0, "hang_timeout_s")
         StageOptions(pipeline_layers=tuple(self.pipeline_layers), image_token_share=self.image_token_share)  # checks
         if self.pipeline_layers and len(self.pipeline_layers) != self.pipeline_model_parallel_size:
             raise ValueError(f"pipeline_layers={self.pipeline_layers} must be one number for each of "

@@ -1,10 +1,13 @@
-"""Figures of one optimiser batch, over all ranks, and the time of its phases."""
+"""Figures of one optimiser batch, over all ranks, and the time and memory of its phases."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 
 import torch
+import torch.distributed as dist
 
 from megavg.parallel.context import ParallelContext
 from megavg.protocols.batch import RolloutBatch, TokenScores
@@ -12,27 +15,57 @@ from megavg.trainer.rollouts import Judgement, Rollouts
 
 
 class PhaseClock:
-    """Seconds spent in each phase of a step; on CUDA the work of a phase is waited for."""
+    """Seconds and, on CUDA, peak memory of each phase of a step; on CUDA the work of a phase is waited for."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self._on_gpu = device, device.type == "cuda"
         self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
+        self.peaks: dict[str, int] = {}  # bytes of the device that tensors took, by phase
+        self.reset()
 
     def reset(self) -> None:
-        self.laps, self._last = {}, time.monotonic()
+        """Begin a step."""
+        self.laps, self.peaks, self._last = {}, {}, time.monotonic()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def lap(self, phase: str) -> None:
-        """End ``phase``, which began at the last lap; several of one name add up."""
-        if self.device.type == "cuda":
+        """End ``phase``, which began at the last lap; of those of one name times add up, the largest peak stays."""
+        if self._on_gpu:
             torch.cuda.synchronize(self.device)
+            self.peaks[phase] = max(self.peaks.get(phase, 0), torch.cuda.max_memory_allocated(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
         now = time.monotonic()
         self.laps[f"time/{phase}"] = self.laps.get(f"time/{phase}", 0.0) + now - self._last
         self._last = now
 
+    def memory(self, context: ParallelContext) -> dict[str, float]:
+        """Peak memory in GB (1e9 bytes) of the rank that took most; all ranks call it, one maximum over the ranks.
+
+        On CUDA ``memory/peak_gb`` is what tensors took in this step's laps, ``memory/<phase>_gb`` in each of them,
+        ``memory/reserved_gb`` what the allocator holds now, and ``memory/host_gb`` the process' resident memory at its
+        peak since it started; on a CPU ``memory/peak_gb`` is the latter.
+        """
+        if not self._on_gpu:
+            found = {"memory/peak_gb": _host_peak()}
+        else:
+            found = {"memory/peak_gb": max(self.peaks.values(), default=0),
+                     **{f"memory/{phase}_gb": peak for phase, peak in self.peaks.items()},
+                     "memory/reserved_gb": torch.cuda.memory_reserved(self.device), "memory/host_gb": _host_peak()}
+        largest = torch.tensor(list(found.values()), dtype=torch.int64, device=self.device)
+        if context.world_size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return {name: size / 1e9 for name, size in zip(found, largest.tolist())}
+
     def tensor(self, value: float) -> torch.Tensor:
         """A number where a collective can take it."""
         return torch.tensor(float(value), device=self.device)
+
+
+def _host_peak() -> int:
+    """Bytes of memory that this process had at most since it started."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # there bytes, elsewhere KiB
 
 
 def batch_metrics(batch: RolloutBatch, stats: TokenScores | None, entropy_sum: torch.Tensor,

@@ -20,8 +20,10 @@ from megavg.models.layers.norm import rms_norm_name
 from megavg.ops.chance import generator
 from megavg.ops.perturb import perturb
 from megavg.parallel.mcore import make_context, start_processes
+from megavg.parallel.watchdog import Watchdog
 from megavg.protocols.batch import EncodedPrompt, PolicySignal, RolloutBatch, TokenScores
 from megavg.rewards.base import load_rewards
+from megavg.trainer.answer_table import answer_table, shown_answers
 from megavg.trainer.collect import Collector, make_source
 from megavg.trainer.config import RunConfig, algorithm_class, save_resolved
 from megavg.trainer.diagnostics import diagnose, kind_metrics
@@ -47,6 +49,7 @@ class Trainer:
         device = start_processes(parallel.timeout_minutes)
         self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device)
         self.folder = Path(self.settings.output_dir)
+        self.watchdog = Watchdog(self.folder / "hang", parallel.hang_timeout_s).start()
         self.algorithm = algorithm_class(config.algorithm_name)(config.algorithm)
         self.rewards = load_rewards(config.rewards)
         self._check_folder()
@@ -83,15 +86,22 @@ class Trainer:
 
         Returns the exit status: 0, or ``EXIT_STATUS`` after a signal, on which the run has saved itself.
         """
-        self._announce()
-        with StopSignal(self.context) as stop:
-            signal = self._train(stop)
-        self.state.wait()
-        if self.settings.export_hf and not signal:
-            self.policy.export_hf(self.folder / "hf")
-            self.log.say(f"the trained model is in {self.folder / 'hf'}")
-        self.source.close()
-        self.log.close()
+        with self.watchdog:
+            return self._run()
+
+    def _run(self) -> int:
+        with self.log:
+            self._announce()
+            with StopSignal(self.context) as stop:
+                signal = self._train(stop)
+            self.watchdog.beat(self.settings.num_steps, "end")
+            self.state.wait()
+            if self.settings.export_hf and not signal:
+                self.policy.export_hf(self.folder / "hf")
+                self.log.say(f"the trained model is in {self.folder / 'hf'}")
+            self.source.close()
+            if not signal:
+                self.log.finish()
         dist.barrier()  # nobody leaves before all is written
         return EXIT_STATUS if signal else 0
 
@@ -104,6 +114,7 @@ class Trainer:
             self.train_step(step)
             done = step + 1
             if self.settings.save_every and done % self.settings.save_every == 0:
+                self.watchdog.beat(done, "save")
                 self.state.save(done)
             signal = stop.agreed()
             if signal:
@@ -127,17 +138,21 @@ class Trainer:
         progress, started = step / self.settings.num_steps, time.monotonic()
         self.clock.reset()
         judgement = stats = reference = None
+        self.watchdog.beat(step + 1, "rollout" if self.algorithm.uses_rollouts else "data")
         if self.algorithm.uses_rollouts:
             rollouts, judgement = self.collector.collect(step, progress)
             batch = self._batch(rollouts, judgement.rewards)
+            self.watchdog.beat(step + 1, "score")
             stats, reference = self.score(rollouts)
             self.clock.lap("score")
         else:
             rollouts = self.collector.written()
             batch = self._batch(rollouts, [0.0] * len(rollouts.responses))
         signal = make_signal(self.algorithm, batch, stats, reference, progress)
+        self.watchdog.beat(step + 1, "update")
         loss, norm, entropy = self.update(rollouts, signal, step)
         self.clock.lap("update")
+        self.watchdog.beat(step + 1, "report")
         metrics = {"loss": loss, "gradient_norm": norm, "lr": self._lr(step),
                    **batch_metrics(batch, stats, entropy, reference), **kind_metrics(batch, stats, signal),
                    **self.algorithm.metrics}
@@ -220,6 +235,7 @@ class Trainer:
         boxes, accuracy for points and classes, mAP for detection) by set."""
         accuracy = {}
         for name in names:
+            self.watchdog.beat(step, f"evaluation of {name}")
             result, rows, picture = self.evaluator.run(name, self.config.evaluation.sets[name])
             if self.context.is_writer:
                 path = self._result_path(name, step)
@@ -227,21 +243,17 @@ class Trainer:
                 write_json(path, {"set": name, "step": step, **result, "rows": rows})
                 if picture is not None:
                     self.log.picture(step, f"eval/{name}", picture)
-            self._record_figures(step, name, result)
+            self.log.evaluated(step, name, result)
             self.log.say(f"{name} at step {step}: {summary(result)}")
             accuracy[name] = headline(result)[1]
         return accuracy
-
-    def _record_figures(self, step: int, name: str, result: dict) -> None:
-        figures = {key: value for key, value in result.items() if isinstance(value, (int, float)) and key != "step"}
-        self.log.record(step, {f"eval/{name}/{key}": value for key, value in figures.items()})
 
     def _record_kept_results(self) -> None:
         """Make up the lines of evaluations whose process was killed between keeping the result and writing its line."""
         for name in self._sets_due(self.start_step) if self.start_step and self.context.is_writer else ():
             path = self._result_path(name, self.start_step)
             if path.exists() and not self.log.has(self.start_step, f"eval/{name}/"):
-                self._record_figures(self.start_step, name, json.loads(path.read_text()))
+                self.log.evaluated(self.start_step, name, json.loads(path.read_text()))
 
     def _goal_reached(self, accuracy: dict[str, float]) -> bool:
         goals = self.config.evaluation.stop_at
@@ -303,6 +315,7 @@ class Trainer:
             self.log.say(f"resumed after step {self.start_step}")
         if self.frame_report is not None:
             self.log.say(self.frame_report.message())
+        self.log.configuration(self.config.tree())
         if self.context.is_writer:
             write_json(self.folder / "deepspeed_config.json", self.policy.engine.config)
             write_json(self.folder / "run.json", {
@@ -320,12 +333,13 @@ class Trainer:
     def _report(self, step: int, metrics: dict, rollouts: Rollouts, judgement: Judgement | None, seconds: float):
         tokens = self.context.sum_over_data(self.clock.tensor(rollouts.num_tokens))
         metrics |= {"tokens": int(tokens), "tokens_per_second": float(tokens) / seconds, "time/step": seconds,
-                    **self.clock.laps}
+                    **self.clock.laps, **self.clock.memory(self.context)}
         metrics |= self.source.metrics()
         self.log.record(step, metrics)
         self.log.progress(step, metrics)
         every = self.settings.picture_every
         if judgement is not None and every and step % every == 0 and self.context.is_writer:
             tiles = [answer_tile(rollouts.samples[b // rollouts.group_size], judgement.rows[b])
-                     for b in range(0, len(judgement.rows), rollouts.group_size)][:8]
+                     for b in shown_answers(rollouts)]
             self.log.picture(step, "train/answers", panel(tiles, 4, f"sampled answers at step {step}"))
+            self.log.text(step, "train/answers", answer_table(rollouts, judgement, self.prompts.question))

@@ -16,7 +16,7 @@ from tests.trainer.conftest import WARM
 PER_STEP = {"step", "loss", "gradient_norm", "lr", "entropy/mean", "entropy/self_information", "response/length",
             "rollout/logprob_gap", "reward/mean", "reward/iou", "reward/format", "reward/parse_rate", "iou/mean",
             "reasons", "ecvgpo/alpha", "tokens", "tokens_per_second", "time/step", "time/data", "time/rollout",
-            "time/reward", "time/score", "time/update"}
+            "time/reward", "time/score", "time/update", "memory/peak_gb"}
 
 
 KL = ("algorithm.kl_coefficient=0.04", "trainer.export_hf=true", "evaluation.at_end=true")
@@ -80,7 +80,8 @@ def test_tensorboard_holds_scalars_and_the_pictures(data_parallel):
     board = EventAccumulator(str(data_parallel / "whole" / "tensorboard"))
     board.Reload()
     tags = board.Tags()
-    assert {"reward/mean", "iou/mean", "entropy/mean", "loss", "eval/seen/mean_iou"} <= set(tags["scalars"])
+    assert {"reward/mean", "reward/iou_mean", "entropy/mean", "policy/loss",
+            "eval/seen/mean_iou"} <= set(tags["scalars"])
     lines = training_lines(data_parallel / "whole")
     events = board.Scalars("reward/mean")
     assert [event.step for event in events] == [1, 2, 3]
