@@ -99,8 +99,8 @@ class HFCheckpoint:
         stored = self._stored(name)
         held = self._open(self._file_of[stored]).get_slice(stored)
         if held.get_dtype() not in _DTYPES:
-            raise ValueError(f"tensor {name} in {self.directory} is stored in {held.get_dtype()}; only fp64, fp32, bf16 "
-                             "and fp16 are read")
+            raise ValueError(f"tensor {name} in {self.directory} is stored in {held.get_dtype()}; only fp64, fp32, "
+                             "bf16 and fp16 are read")
         return tuple(held.get_shape()), _DTYPES[held.get_dtype()]
 
     def _stored(self, name: str) -> str:

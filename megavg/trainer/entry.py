@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 
 def run(parse: Callable[[], Any], make: Callable[[Any], Any]) -> int:
-    """``make(parse()).run()``: the exit status that it returns, else 0; 2 after an error whose message says how to mend it.
+    """``make(parse()).run()``: its exit status, else 0; or 2 after an error whose message tells how to mend it.
 
     Args:
         parse: gives the configuration; it loads no torch, so that a typo is answered at once.
