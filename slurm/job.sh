@@ -3,6 +3,7 @@
 . "$MEGAVG_HOME/slurm/env.sh"
 
 STOPPED=75  # exit status of a run that was asked to leave and has saved (megavg/trainer/stop_signal.py)
+HUNG=76  # exit status of a run whose watchdog has found a hang (megavg/parallel/watchdog.py)
 MENDABLE=2  # exit status of an error that its message tells how to mend
 LEFT=" $STOPPED $((128 + $(kill -l USR1))) $((128 + $(kill -l TERM))) "  # asked to leave; the latter two at start-up
 
@@ -74,6 +75,7 @@ run_ranks() {  # COMMAND...: run it as every rank; starts again what was asked t
     case "$LEFT" in *" $status "*) [ -z "$first" ] || { rm -rf "$RANK_NOTES"; start_again "asked to leave"; } ;; esac
     [ "$status" = 0 ] || tell_failure "$status" "${rank:-}" "${node:-}"
     rm -rf "$RANK_NOTES"
+    [ "$status" != "$HUNG" ] || start_again "hung"
     if [ "$status" != 0 ] && [ "$status" != "$MENDABLE" ] && [ "$RESTART_AFTER_CRASH" = 1 ]; then
         start_again "crashed with status $status"
     fi

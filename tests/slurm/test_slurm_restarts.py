@@ -95,3 +95,11 @@ def test_a_crash_starts_again_where_that_is_asked_for(cluster, tmp_path):
     state, status, log = cluster.finish(job, 60)
     assert (state, status) == ("COMPLETED", 0)
     assert "crashed with status 1; back into the queue for restart 1 of 20" in log and "[slurm] finished, " in log
+
+
+def test_a_hang_starts_again_by_itself(cluster, tmp_path):
+    job = cluster.submit(tmp_path, "--nodes=2", "--ntasks-per-node=1", TOY, "hung")
+    cluster.start_again(job, 1)
+    state, status, log = cluster.finish(job, 60)
+    assert (state, status) == ("COMPLETED", 0)
+    assert "first, with status 76\n[slurm] hung; back into the queue for restart 1 of 20" in log

@@ -6,6 +6,7 @@ deaf: goes on whatever it is sent, as in a collective that never ends; the last 
 done: ends well.
 wrong: all ranks end with status 2, and rank 0 says why.
 once: crashes at the first start, and ends well at the second.
+hung: ends as a hang is ended by the watchdog at the first start, and well at the second.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 
-STOPPED, WRONG = 75, 2
+STOPPED, HUNG, WRONG = 75, 76, 2
 
 
 def main(behaviour: str) -> int:
@@ -32,8 +33,11 @@ def main(behaviour: str) -> int:
             time.sleep(0.3)
             print("error: this is what to mend", file=sys.stderr)
         return WRONG
-    if behaviour == "done" or behaviour == "once" and start:
+    if behaviour == "done" or behaviour in ("once", "hung") and start:
         return 0
+    if behaviour == "hung":
+        print("hang: rank 1 has not entered all_reduce", file=sys.stderr)
+        return HUNG
     if behaviour == "deaf" and last or behaviour == "once":
         raise RuntimeError(f"rank {rank} breaks")
     end = time.monotonic() + 60
