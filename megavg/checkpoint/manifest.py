@@ -8,23 +8,30 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 import megavg
 from megavg.checkpoint.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_READ_BYTES = 4 << 20
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers")
 
 
-def facts_of(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Path relative to ``folder`` -> {bytes, sha256} of each file, read from where it was written."""
+def facts_of(folder: Path, files: Iterable[Path], tick: Callable[[], None] = lambda: None) -> dict[str, dict[str, Any]]:
+    """Path relative to ``folder`` -> {bytes, sha256} of each file, read from where it was written.
+
+    ``tick`` is called now and then.
+    """
     facts = {}
     for path in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        facts[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while part := file.read(_READ_BYTES):
+                digest.update(part)
+                tick()
+        facts[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return facts
 
 

@@ -11,7 +11,7 @@ import os
 import pickle
 from collections import defaultdict
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch.distributed import checkpoint as dcp
@@ -25,7 +25,15 @@ from torch.futures import Future
 
 
 class Writer(dcp.FileSystemWriter):
-    """Lets each box go when it is written; torch's own ``write_data`` keeps them all until the file is whole."""
+    """Lets each box go when it is written; torch's own ``write_data`` keeps them all until the file is whole.
+
+    Args:
+        tick: called after every box.
+    """
+
+    def __init__(self, folder: Path, tick: Callable[[], None] = lambda: None):
+        super().__init__(folder)
+        self._tick = tick
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
@@ -46,6 +54,7 @@ class Writer(dcp.FileSystemWriter):
                 tensor = planner.resolve_data(item).to("cpu", item.tensor_data.properties.dtype)
                 torch.save(_alone(tensor.contiguous()), file)
                 length = file.tell() - start
+                self._tick()
                 yield WriteResult(item.index, length, _StorageInfo(name, start, length))
             file.flush()
             os.fsync(file.fileno())

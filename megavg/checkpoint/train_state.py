@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -37,7 +38,13 @@ logger = logging.getLogger(__name__)
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of ``folder`` that were finished, oldest first; their files are not looked at."""
-    return sorted(p for p in Path(folder).glob("step-*") if p.suffix == "" and (p / MANIFEST).is_file())
+    return sorted((path for path in Path(folder).glob("step-*")
+                   if re.fullmatch(r"step-\d{6,}", path.name) and (path / MANIFEST).is_file()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +73,12 @@ class Checkpoints:
         keep_last: the newest so many are kept ...
         keep_every: ... and those whose step is a multiple of this; 0 keeps no others.
         in_background: copy the state in memory and write it while the training goes on.
+        tick: called now and then while a checkpoint is written, from the thread that writes.
     """
 
     def __init__(self, folder: Path, context: ParallelContext, keep_last: int = 2, keep_every: int = 0,
-                 in_background: bool = False):
+                 in_background: bool = False, tick: Callable[[], None] = lambda: None):
+        self._tick = tick
         self.folder, self._rank, self._world = Path(folder), context.rank, context.world_size
         self._keep_last, self._keep_every, self._in_background = keep_last, keep_every, in_background
         # of its own, so that a background write never comes between the training's collectives
@@ -113,7 +122,7 @@ class Checkpoints:
         partial = final.with_name(final.name + ".tmp")
         try:
             self._on_first(lambda: self._prepare(partial, snapshot))
-            write_parts(partial / STATE, parts, self._group)
+            write_parts(partial / STATE, parts, self._group, self._tick)
             facts = self._together(lambda: self._own_facts(partial, rng))
             self._on_first(lambda: self._finish(partial, final, snapshot, facts))
         except CheckpointError as error:
@@ -124,7 +133,10 @@ class Checkpoints:
             raise CheckpointError(f"the checkpoint {final} could not be written ({error}); make room or mend the "
                                   f"folder's permissions, and resume: {last}") from error
         if self._rank == 0:
-            self._remove_old()
+            try:
+                self._remove_old(snapshot.step)
+            except OSError as error:  # what was to be saved is saved
+                logger.warning("an old checkpoint could not be removed: %s", error)
 
     def _prepare(self, partial: Path, snapshot: Snapshot) -> None:
         self._clear_left_overs()
@@ -134,14 +146,18 @@ class Checkpoints:
 
     def _clear_left_overs(self) -> None:
         """Remove what a run that was killed left half written, half removed, or replaced."""
-        for pattern in ("step-*.tmp", "step-*.old"):
-            for left in self.folder.glob(pattern):
-                shutil.rmtree(left)
+        for old in self.folder.glob("step-*.old"):  # of one that was being replaced
+            if old.with_suffix("").exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(old.with_suffix(""))
+        for left in self.folder.glob("step-*.tmp"):
+            shutil.rmtree(left)
 
     def _own_facts(self, partial: Path, rng: dict) -> dict:
         path = partial / RNG / f"rank-{self._rank:05d}.json"
         write_synced(path, json.dumps(rng) + "\n")
-        return facts_of(partial, [path, *partial.glob(f"{STATE}/__{self._rank}_*")])
+        return facts_of(partial, [path, *partial.glob(f"{STATE}/__{self._rank}_*")], self._tick)
 
     def _finish(self, partial: Path, final: Path, snapshot: Snapshot, facts: list[dict]) -> None:
         write_synced(partial / TRAINER, json.dumps({"step": snapshot.step, **snapshot.trainer}, indent=1) + "\n")
@@ -154,9 +170,19 @@ class Checkpoints:
         replace_directory(partial, final)
         sync_folder(self.folder)
 
-    def _remove_old(self) -> None:
-        for old in checkpoints(self.folder)[:-self._keep_last]:
-            if not self._keep_every or int(old.name.split("-")[1]) % self._keep_every:
+    def _remove_old(self, step: int) -> None:
+        """Keep what is to be kept of the checkpoints up to ``step``.
+
+        Later ones are of what the run has left behind (it went on from an earlier one, where they were damaged): they
+        are set aside as ``step-000300.passed``, and are not gone on from any more.
+        """
+        there = checkpoints(self.folder)
+        for later in (path for path in there if step_of(path) > step):
+            aside = later.with_name(later.name + ".passed")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+        for old in [path for path in there if step_of(path) <= step][:-self._keep_last]:
+            if not self._keep_every or step_of(old) % self._keep_every:
                 # first no checkpoint any more, then gone: a kill in between leaves none that only looks whole
                 gone = old.with_name(old.name + ".tmp")
                 old.rename(gone)
@@ -169,7 +195,9 @@ class Checkpoints:
             CheckpointError: there are checkpoints, and every one is damaged.
         """
         self._on_first(self._clear_left_overs)
-        there, problem = checkpoints(self.folder), None
+        # file systems that machines share may show each of them another list
+        names = self._together(lambda: [path.name for path in checkpoints(self.folder)])[0]
+        there, problem = [self.folder / name for name in names], None
         for path in reversed(there):
             try:
                 self.check(path)

@@ -22,7 +22,7 @@ HANG_STATUS = 76
 """Exit status of every rank of a job that hung: not done, start it again."""
 
 _START = "start"
-_START_FACTOR = 3  # a large model is read from a slow disk in one call
+_START_FACTOR = 2  # a large model is read from a slow disk in one call
 _RECORD = "record: "
 _LOST = "has lost another rank"
 
@@ -32,7 +32,7 @@ class Watchdog:
 
     A rank moves when it begins a phase (:meth:`beat`) or a collective, or when its main thread is at another place than
     at the last look, some twenty times in ``timeout_s``. There is a hang when no rank has moved for ``timeout_s``
-    (three times that before the first beat): a rank that waits for a slow one is not taken for a hang. Then each rank
+    (twice that before the first beat): a rank that waits for a slow one is not taken for a hang. Then each rank
     writes what it was doing with the stacks of all its threads to ``folder``/rank-00003.txt, the lowest one prints one
     diagnosis, and every process ends with ``HANG_STATUS``.
 
@@ -74,6 +74,10 @@ class Watchdog:
     def beat(self, step: int, phase: str) -> None:
         """Say that ``phase`` of ``step`` (counted from 1) begins."""
         self._mark, self._beats = (step, phase), self._beats + 1
+
+    def moves(self) -> None:
+        """Say that the phase goes on, where that cannot be seen from the place of the main thread; from any thread."""
+        self._beats += 1
 
     def stop(self) -> None:
         """Watch no more. The others are told, and will not wait for this rank."""
@@ -215,8 +219,8 @@ class Watchdog:
 
     def _say(self, what: str, lines: list[str], after: str, again: bool) -> None:
         if again:
-            after += (f"; every rank ends with exit status {HANG_STATUS}, and the same command with trainer.resume=auto "
-                      "goes on from the newest checkpoint")
+            after += (f"; every rank ends with exit status {HANG_STATUS}, and the same command with "
+                      "trainer.resume=auto goes on from the newest checkpoint")
         text = "\n".join(f"{what}: {line}" for line in [*lines, after])
         os.write(2, f"\n{text}\n".encode())  # the lock of sys.stderr may be held by what hangs
 
@@ -280,7 +284,10 @@ def _watch(watchdog: weakref.ref, stopped: threading.Event, period: float) -> No
         alive = watchdog()
         if alive is None:
             return
-        alive._tick()
+        try:
+            alive._tick()
+        except Exception:  # one bad look must not end the watch
+            traceback.print_exc()
         del alive
 
 

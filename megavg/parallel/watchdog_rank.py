@@ -14,7 +14,7 @@ import threading
 import traceback
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -135,18 +135,26 @@ def _collectives_begun() -> int:
 
 
 def _recorded() -> list[dict]:
-    """The last collectives in the order of their begin, from torch's flight recorder, which runs unasked.
+    """The last collectives in the order of their begin, from torch's flight recorders, which run unasked.
 
-    The recorder asks the device how far it is, which may never answer on one that hangs.
+    NCCL has one of its own beside that of the other backends. It asks the device how far it is, which may never answer
+    on one that hangs.
     """
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
     found: list[dict] = []
-    if dump is not None and dist.is_initialized():
-        asked = threading.Thread(target=lambda: found.extend(json.loads(dump(True, False)).get("entries", [])),
-                                 daemon=True, name="flight recorder")
-        asked.start()
-        asked.join(timeout=10)
-    return sorted(found, key=lambda entry: entry["record_id"])
+    asked = []
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        if dump is not None and dist.is_initialized():
+            asked.append(threading.Thread(target=lambda dump=dump: found.extend(_entries(dump)), daemon=True,
+                                          name="flight recorder"))
+            asked[-1].start()
+    for thread in asked:
+        thread.join(timeout=4)
+    return sorted(found, key=lambda entry: (entry.get("time_created_ns", 0), entry["record_id"]))
+
+
+def _entries(dump: Callable[[bool, bool], bytes]) -> list[dict]:
+    return json.loads(dump(True, False)).get("entries", [])
 
 
 def _wait_of(entry: dict) -> Wait:

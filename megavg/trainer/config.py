@@ -69,8 +69,8 @@ class ParallelConfig:
         zero: how ZeRO-3 partitions over the data-parallel ranks.
         timeout_minutes: a collective that waits longer ends the run.
         hang_timeout_s: seconds after which a run in which no rank moves is told as hung, with the rank that the others
-            wait for, and ends with exit status 76; 0 never. Below ``timeout_minutes``, and longer than any single call
-            that may take long, such as the writing of the largest file.
+            wait for, and ends with exit status 76; 0 never. Longer than any single call that may take long; half of
+            ``timeout_minutes`` is taken where that is less, as torch would end the run first and name nobody.
     """
 
     tensor_model_parallel_size: int = 1
@@ -90,6 +90,11 @@ class ParallelConfig:
         if self.pipeline_layers and len(self.pipeline_layers) != self.pipeline_model_parallel_size:
             raise ValueError(f"pipeline_layers={self.pipeline_layers} must be one number for each of "
                              f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} stages")
+
+    @property
+    def watched_seconds(self) -> float:
+        """What the watchdog is given."""
+        return min(self.hang_timeout_s, 30 * self.timeout_minutes)
 
 
 @dataclass(frozen=True)

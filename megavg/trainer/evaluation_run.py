@@ -24,6 +24,7 @@ from megavg.evaluation.report import versions, write_results, write_set
 from megavg.evaluation.rows import GROUP_FIELDS, answer_row
 from megavg.evaluation.tables import benchmark_of, benchmark_tables
 from megavg.parallel.mcore import make_context, start_processes
+from megavg.parallel.watchdog import Watchdog
 from megavg.protocols.sample import Sample
 from megavg.trainer.answering import LoadedModel
 from megavg.trainer.bad_data import told_to_all
@@ -51,6 +52,7 @@ class EvaluationRun:
         device = start_processes(parallel.timeout_minutes)
         self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device)
         self.folder = Path(self.settings.output_dir)
+        self.watchdog = Watchdog(self.folder / "hang", parallel.watched_seconds).start()
         self.shards = {name: expand_shards(part.shards) for name, part in self.settings.sets.items()}
         self.model = LoadedModel(config.model, self.context, config.generation.prompts_per_pass,
                                  config.stage_options())
@@ -68,6 +70,10 @@ class EvaluationRun:
 
     def run(self) -> dict[str, dict]:
         """Answer, score and report; returns the results by set, on the first process."""
+        with self.watchdog:
+            return self._run()
+
+    def _run(self) -> dict[str, dict]:
         self._say(f"{self.model.model.spec.family} from {self.config.model.path}, {self.config.model.dtype}, "
                   f"{self.context.layout}, {self.context.device.type}, greedy")
         results, rows_of_set, text = {}, {}, ""
@@ -110,6 +116,7 @@ class EvaluationRun:
                            self.config.data.max_skipped, self.settings.limit, part.where, part.task, set(stored))
         with told_to_all(self.context):
             answers = list(self._answer(name, reader))
+        self.watchdog.beat(0, f"figures of {name}")
         with told_to_all(self.context):
             samples, skipped = usable_samples(reader, self.context)
         answers = self.context.gather_rows(answers)
@@ -127,8 +134,10 @@ class EvaluationRun:
         generation, kept = self.config.generation, KeptAnswers(self.folder / name, self.context)
         progress = _Progress(name, self._say, self.context.dp_size, len(reader.answered),
                              self.settings.limit or indexed_count(reader.shards))
-        for answers in greedy_answers(iter(reader), self.model, self.prompts.question, generation.max_new_tokens,
-                                      generation.prompts_per_pass):
+        passes = greedy_answers(iter(reader), self.model, self.prompts.question, generation.max_new_tokens,
+                                generation.prompts_per_pass)
+        for number, answers in enumerate(passes, 1):
+            self.watchdog.beat(number, f"answers of {name}")
             packed = [pack(sample, completion) for sample, completion in answers]
             kept.append(packed)
             self.prompt_log.tell(sample for sample, _ in answers)

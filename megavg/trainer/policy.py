@@ -171,12 +171,13 @@ class Policy(Answering):
     def export_hf(self, out_dir: Path) -> None:
         """Write the trained model as a Hugging Face checkpoint like the one it started from; all ranks call it."""
         tensors = hf_tensors(self.engine.weights(), self.model.weight_map(self.context.tp_size), self.context)
-        if self.context.rank == 0:
-            write_checkpoint(out_dir, tensors, self.model.checkpoint)
-        else:
-            for _ in tensors:  # the gathers are collective
-                pass
-        dist.barrier()
+        with told_to_all(self.context):
+            try:
+                if self.context.rank == 0:
+                    write_checkpoint(out_dir, tensors, self.model.checkpoint)
+            finally:
+                for _ in tensors:  # the gathers are collective, also where the first rank cannot write
+                    pass
 
 
 def _to_rows(found: Sequence[Sequence[torch.Tensor]], lengths: Sequence[Sequence[int]],

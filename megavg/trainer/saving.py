@@ -22,15 +22,16 @@ class RunState:
     Args:
         source: where prompts come from; has ``state_dict`` and ``load_state_dict``, as the ``algorithm`` has.
         tell: prints one line on one rank.
+        tick: called now and then while a checkpoint is written.
     """
 
     def __init__(self, config: RunConfig, policy: Policy, source, algorithm, context: ParallelContext,
-                 tell: Callable[[str], None]):
+                 tell: Callable[[str], None], tick: Callable[[], None] = lambda: None):
         self.config, self.policy, self.source, self.algorithm = config, policy, source, algorithm
         self.context, self._tell, settings = context, tell, config.trainer
         self.folder = Path(settings.output_dir) / FOLDER
         self._store = Checkpoints(self.folder, context, settings.keep_last, settings.keep_every,
-                                  settings.save_in_background)
+                                  settings.save_in_background, tick)
         self._saved = -1
 
     def save(self, step: int) -> Path:
@@ -89,6 +90,9 @@ class RunState:
         if not path.is_dir():
             raise ValueError(f"trainer.resume={resume} is no folder; give auto, or a folder such as "
                              f"{self.folder / 'step-000100'}")
+        if mine and path.resolve().parent != self.folder.resolve():  # such as the same command after a requeue
+            self._tell(f"this run has checkpoints of its own, which it goes on from instead of {resume}")
+            return self._store.newest_whole(self._tell)
         if mine and path.resolve().parent == self.folder.resolve() and path.name != mine[-1].name:
             raise ValueError(f"trainer.resume={resume} is older than {mine[-1].name}, which this run has reached; to "
                              "branch off, choose another trainer.output_dir")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
 from pathlib import Path
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from megavg.parallel.watchdog import Watchdog
 from megavg.protocols.batch import EncodedPrompt, PolicySignal, RolloutBatch, TokenScores
 from megavg.rewards.base import load_rewards
 from megavg.trainer.answer_table import answer_table, shown_answers
+from megavg.trainer.bad_data import BadData
 from megavg.trainer.collect import Collector, make_source
 from megavg.trainer.config import RunConfig, algorithm_class, save_resolved
 from megavg.trainer.diagnostics import diagnose, kind_metrics
@@ -49,7 +52,7 @@ class Trainer:
         device = start_processes(parallel.timeout_minutes)
         self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device)
         self.folder = Path(self.settings.output_dir)
-        self.watchdog = Watchdog(self.folder / "hang", parallel.hang_timeout_s).start()
+        self.watchdog = Watchdog(self.folder / "hang", parallel.watched_seconds).start()
         self.algorithm = algorithm_class(config.algorithm_name)(config.algorithm)
         self.rewards = load_rewards(config.rewards)
         self._check_folder()
@@ -68,7 +71,8 @@ class Trainer:
             self.policy, self.context, self.prompts.question, config.rollout.max_new_tokens,
             config.rollout.prompts_per_pass * 4, config.evaluation.limit, config.evaluation.pictures,
             config.data.on_error, config.data.max_skipped)
-        self.state = RunState(config, self.policy, self.source, self.algorithm, self.context, self._tell)
+        self.state = RunState(config, self.policy, self.source, self.algorithm, self.context, self._tell,
+                              self.watchdog.moves)
         self.start_step = self.state.restore() if self.settings.resume else 0
         self.frame_report = None if self.start_step else check_start(
             config, self.policy, self.prompts, self.context, self.algorithm.uses_rollouts)
@@ -90,7 +94,7 @@ class Trainer:
             return self._run()
 
     def _run(self) -> int:
-        with self.log:
+        with self.log, self._save_finished():
             self._announce()
             with StopSignal(self.context) as stop:
                 signal = self._train(stop)
@@ -104,6 +108,15 @@ class Trainer:
                 self.log.finish()
         dist.barrier()  # nobody leaves before all is written
         return EXIT_STATUS if signal else 0
+
+    @contextlib.contextmanager
+    def _save_finished(self) -> Iterator[None]:
+        """See to it that what is being written in the background is whole when bad data, told to all, end the run."""
+        try:
+            yield
+        except BadData:
+            self.state.wait()
+            raise
 
     def _train(self, stop: StopSignal) -> str | None:
         """Take the steps that are left; returns the name of the signal that ended it before."""
@@ -127,6 +140,7 @@ class Trainer:
 
     def _leave(self, step: int, signal: str) -> None:
         """Save, and say where to go on."""
+        self.watchdog.beat(step, "save")
         path = self.state.save(step)
         self.state.wait()
         if self.context.rank == 0:
