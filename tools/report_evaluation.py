@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Sequence
 
 from tools.report_run import Run, load_evaluation
-from tools.report_text import Html, fold, number, table, text
+from tools.report_text import Html, fold, fraction, number, table, text
 
 _NOT_FIGURES = ("step", "num_samples", "skipped")
 
@@ -15,7 +15,8 @@ _NOT_FIGURES = ("step", "num_samples", "skipped")
 class SetStory:
     """How one run did on one set; ``run`` is its place in the report, ``figure`` the name of what says most.
 
-    ``first`` and ``last`` are the results as the run wrote them; they are the same where the set was measured once.
+    ``first`` and ``last`` are the results as the run wrote them; they are the same where the set was measured once. A
+    value is None where the figure is not defined, as mAP where no picture shows anything.
     """
 
     run: int
@@ -25,7 +26,7 @@ class SetStory:
     first: dict[str, Any]
     last: dict[str, Any]
     best_step: int
-    best_value: float
+    best_value: float | None
 
     @property
     def first_step(self) -> int:
@@ -36,12 +37,12 @@ class SetStory:
         return int(self.last["step"])
 
     @property
-    def first_value(self) -> float:
-        return self.first.get(self.key) or 0.0
+    def first_value(self) -> float | None:
+        return self.first.get(self.key)
 
     @property
-    def last_value(self) -> float:
-        return self.last.get(self.key) or 0.0
+    def last_value(self) -> float | None:
+        return self.last.get(self.key)
 
     def turned(self) -> tuple[int, int]:
         """(wrong answers that became right, right ones that became wrong) from the first to the last evaluation."""
@@ -66,8 +67,9 @@ def evaluation_table(stories: Sequence[SetStory], names: Sequence[str]) -> str:
         once = story.first_step == story.last_step
         rows.append([
             story.name, *([names[story.run]] if len(names) > 1 else []), story.figure,
-            f"{story.first_value:.3f}", f"{story.last_value:.3f}", "-" if once else change(story),
-            f"{story.best_value:.3f} ({story.best_step})", "-" if once else f"+{better} \u2212{worse}",
+            fraction(story.first_value), fraction(story.last_value), "-" if once else change(story),
+            "-" if story.best_value is None else f"{fraction(story.best_value)} ({story.best_step})",
+            "-" if once else f"+{better} \u2212{worse}",
             _two(story, "mean_iou"), _two(story, "parse_rate"), str(story.last.get("num_samples", "-"))])
     run = ["run"] if len(names) > 1 else []
     return table(["set", *run, "figure", "first", "last", "change", "best (step)", "turned right, wrong", "mean IoU",
@@ -86,8 +88,10 @@ def details(stories: Sequence[SetStory], names: Sequence[str]) -> str:
     return "".join(parts)
 
 
-def change(story: SetStory) -> Html:
-    """The difference from first to last, signed, with an arrow that does not need its colour."""
+def change(story: SetStory) -> Html | str:
+    """The difference from first to last, signed, with an arrow that does not need its colour; "-" where it has none."""
+    if story.first_value is None or story.last_value is None:
+        return "-"
     difference = story.last_value - story.first_value
     kind, sign = ("up", "\u25b2") if difference > 0 else ("down", "\u25bc") if difference < 0 else ("even", "=")
     return Html(f'<td class="n {kind}">{sign} {difference:+.3f}</td>')
@@ -110,18 +114,16 @@ def _story(index: int, run: Run, name: str) -> SetStory | None:
     key, figure = HEADLINES.get(last.get("task", "rec"), HEADLINES["mixed"])
     recorded = run.series.get(f"eval/{name}/{key}", {})
     values = {**{step: recorded[step] for step in steps if step in recorded},
-              **{step: result.get(key) or 0.0 for step, result in found.items()}}
-    best = max(values, key=lambda step: (values[step], -step))
-    return SetStory(index, name, figure, key, found[min(found)], last, best, values[best])
+              **{step: value for step, result in found.items() if (value := result.get(key)) is not None}}
+    best = max(values, key=lambda step: (values[step], -step), default=max(found))
+    return SetStory(index, name, figure, key, found[min(found)], last, best, values.get(best))
 
 
 def _two(story: SetStory, key: str) -> str:
     first, last = story.first.get(key), story.last.get(key)
-    if last is None:
-        return "-"
-    if first is None or story.first_step == story.last_step:
-        return f"{last:.3f}"
-    return f"{first:.3f} \u2192 {last:.3f}"
+    if last is None or first is None or story.first_step == story.last_step:
+        return fraction(last)
+    return f"{fraction(first)} \u2192 {fraction(last)}"
 
 
 def _all_figures(stories: Sequence[SetStory], names: Sequence[str]) -> str:

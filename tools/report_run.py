@@ -161,7 +161,7 @@ def _goals_reached(run: Run) -> bool:
         if run.last_step not in run.evaluations.get(name, {}):
             return False
         result = load_evaluation(run, name, run.last_step)
-        if result is None or headline(result)[1] < goal:
+        if result is None or (headline(result)[1] or 0.0) < goal:
             return False
     return bool(goals)
 

@@ -9,7 +9,7 @@ from typing import Any, Sequence
 from tools.report_curves import swatch
 from tools.report_evaluation import SetStory
 from tools.report_run import Run, status, when
-from tools.report_text import Html, fold, number, table, text
+from tools.report_text import Html, fold, fraction, number, table, text
 
 NUM_PERIODS = 8  # columns of the table of reasons
 _NOT_COMPARED = ("trainer.output_dir",)  # differs between any two runs and says nothing
@@ -109,8 +109,8 @@ def _from_here(run: Run) -> str:
 
 def _figures(run: Run, stories: Sequence[SetStory], smooth: int) -> list[tuple[str, str, str]]:
     """(name, value, what it was) of the figures that say most."""
-    found = [(f"{story.name}, {story.figure}", f"{story.last_value:.3f}",
-              f"{story.first_value:.3f} at step {story.first_step}" if story.first_step != story.last_step
+    found = [(f"{story.name}, {story.figure}", fraction(story.last_value),
+              f"{fraction(story.first_value)} at step {story.first_step}" if story.first_step != story.last_step
               else f"at step {story.last_step}") for story in stories]
     for name, words in (("reward/mean", "reward"), ("entropy/mean", "entropy, nats")):
         values = list(run.series.get(name, {}).values())

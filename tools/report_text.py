@@ -36,6 +36,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 10_000 else f"{value:.4g}"
 
 
+def fraction(value: float | None) -> str:
+    """A figure between 0 and 1 with three decimals; "-" for one that is not defined."""
+    return "-" if value is None else f"{value:.3f}"
+
+
 def table(header: Sequence[Any], rows: Sequence[Sequence[Any]], words: int = 1) -> str:
     """A table that scrolls sideways where it is too wide; all but the first ``words`` columns hold numbers."""
     def row(cells: Sequence[Any], tag: str) -> str:

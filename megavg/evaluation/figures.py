@@ -90,16 +90,25 @@ def figures(rows: Sequence[dict]) -> dict:
     return {**common, **own, "reasons": dict(Counter(row["reason"] for row in rows).most_common())}
 
 
-def headline(result: dict) -> tuple[str, float]:
-    """(name, value) of the figure that says most about a result of :func:`figures`; 0 for one that is not defined."""
+def headline(result: dict) -> tuple[str, float | None]:
+    """(name, value) of the figure that says most about a result of :func:`figures`.
+
+    None for one that is not defined, as mAP is where no picture of the set shows anything.
+    """
     key, name = HEADLINES[result.get("task", "rec")]  # results of older versions are all of boxes
-    return name, result[key] or 0.0
+    return name, result[key]
+
+
+def headline_text(result: dict) -> str:
+    """The headline of a result for a picture: "Acc@0.5 81.2%"."""
+    name, value = headline(result)
+    return f"{name} undefined" if value is None else f"{name} {value:.1%}"
 
 
 def summary(result: dict) -> str:
     """One line for a log: "Acc@0.5 0.812  mean IoU 0.733  parsed 1.000  (8 samples)"."""
     name, value = headline(result)
-    parts = [f"{name} {value:.3f}"]
+    parts = [f"{name} undefined" if value is None else f"{name} {value:.3f}"]
     for key, words in (("mean_iou", "mean IoU"), ("map_50", "mAP50"), ("parse_rate", "parsed")):
         if result.get(key) is not None:
             parts.append(f"{words} {result[key]:.3f}")

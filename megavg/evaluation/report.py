@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from megavg.evaluation.figures import HEADLINES, headline
+from megavg.evaluation.figures import headline
 from megavg.evaluation.fingerprint import write_beside
 from megavg.evaluation.tables import (groups_markdown, markdown, percent, refcoco_columns, refcoco_left_out,
                                       refcoco_markdown, screenspot_markdown)
@@ -95,8 +95,7 @@ def _overview(results: Mapping[str, dict]) -> str:
         parts = result["tasks"].values() if result["task"] == "mixed" else [result]
         for part in parts:
             title, value = headline(part)
-            undefined = part[HEADLINES[part["task"]][0]] is None
-            lines.append([name, part["task"], title, "-" if undefined else percent(value), _others(part),
+            lines.append([name, part["task"], title, percent(value), _others(part),
                           percent(part["parse_rate"]), str(part["num_samples"]), str(result["skipped"])])
     return markdown(["set", "task", "measure", "%", "also", "parsed %", "samples", "left out"], lines)
 

@@ -6,7 +6,7 @@ import math
 from typing import Any, Mapping, Sequence
 
 from megavg.evaluation.draw import draw_boxes, panel
-from megavg.evaluation.figures import headline
+from megavg.evaluation.figures import headline_text
 from megavg.protocols.sample import Sample
 
 _COLUMNS = 4
@@ -40,8 +40,7 @@ def worst_panel(rows: Sequence[dict], pictures: Mapping[tuple[str, str], Any], n
         if picture is not None:
             said = " ".join(row["text"].split()) or "(nothing)"
             tiles.append(_tile(picture, row, f"{row['expression']}\n{row['reason']}: {said}", 400, _CAPTION_LINES))
-    title, value = headline(result)
-    return panel(tiles, _COLUMNS, f"{name}: the worst of {result['num_samples']} answers ({title} {value:.1%})") \
+    return panel(tiles, _COLUMNS, f"{name}: the worst of {result['num_samples']} answers ({headline_text(result)})") \
         if tiles else None
 
 

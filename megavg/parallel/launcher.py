@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-# what mpirun (Open MPI), mpirun and srun (PMI) and srun say of a process: rank, world size, rank on its machine
+# What mpirun (Open MPI), mpirun and srun (PMI) and srun say of a process: rank, world size, rank on its machine. Of
+# srun's, SLURM_NTASKS will not do: a batch script has it too, with SLURM_PROCID=0, and what it starts itself is alone.
 _LAUNCHERS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-              ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+              ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 _MPI = 2  # the first so many of them are MPI's, which can be asked where to meet
 
 

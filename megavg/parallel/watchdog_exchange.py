@@ -7,6 +7,7 @@ is silent. All calls are made from a thread of their own, as a store whose proce
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from itertools import count
@@ -30,8 +31,8 @@ class Exchange(threading.Thread):
     def __init__(self, rank: int, world_size: int, period: float):
         super().__init__(daemon=True, name="watchdog's exchange")
         self.rank, self.world_size, self._period = rank, world_size, period
-        store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"watchdog/{next(_runs)}", store.clone())
+        self._place = f"watchdog/{next(_runs)}"
+        self._store = self._connect()
         self._mine, self._report, self._declared = "", "", False
         self._wake, self._leaving = threading.Event(), False
         self._claiming, self._asked, self._first = False, threading.Event(), False
@@ -82,14 +83,33 @@ class Exchange(threading.Thread):
             leaving = self._leaving
             try:
                 self._turn()
-            except dist.DistNetworkError:
-                return  # a broken connection to the store stays broken; ``answered`` tells the others
+            except dist.DistNetworkError:  # a broken connection stays broken
+                self._connect_again()
             except RuntimeError:  # it is slow
                 pass
             if leaving:
                 return
             self._wake.wait(min(self._period, 0.2) if self.hang else self._period)
             self._wake.clear()
+
+    def _connect(self) -> dist.PrefixStore:
+        """A connection of its own: calls on one that others use would wait for theirs."""
+        return dist.PrefixStore(self._place, dist.distributed_c10d._get_default_store().clone())
+
+    def _connect_again(self) -> None:
+        """Make a connection in the place of a broken one, if the store is still there; ``answered`` tells the others.
+
+        A process that is gone refuses at once, while torch would try, and print, until the groups' time-out is over.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        try:
+            if isinstance(store, dist.TCPStore):
+                socket.create_connection((store.host, store.port), timeout=max(1.0, self._period)).close()
+            self._store = self._connect()
+        except (OSError, RuntimeError):  # again in the next turn
+            pass
 
     def _turn(self) -> None:
         if self._mine:

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Callable, Iterator, Sequence
 
 from megavg.evaluation.draw import panel
-from megavg.evaluation.figures import AnswerScores, headline, in_stored_order
+from megavg.evaluation.figures import AnswerScores, headline_text, in_stored_order
 from megavg.evaluation.reader import SetReader
 from megavg.evaluation.rows import answer_row
 from megavg.evaluation.worst import answer_tile
@@ -87,8 +87,8 @@ class Evaluator:
                 raise BadData(f"evaluation set {name}: {list(shards)} hold no usable sample; skipped: {dict(skipped)}")
             check_complete(name, samples, scores.rows)
             result = scores.result() | {"skipped": sum(skipped.values())}
-        title, value = headline(result)
-        picture = panel(tiles, 4, f"{name}: {title} {value:.1%}, parsed {result['parse_rate']:.1%}") if tiles else None
+        title = f"{name}: {headline_text(result)}, parsed {result['parse_rate']:.1%}"
+        picture = panel(tiles, 4, title) if tiles else None
         return result, scores.rows, picture
 
 

@@ -235,7 +235,7 @@ class Trainer:
         due = self._sets_due(self.start_step)
         return [name for name in due if not self.start_step or not self._result_path(name, self.start_step).exists()]
 
-    def _stored_accuracy(self, step: int) -> dict[str, float]:
+    def _stored_accuracy(self, step: int) -> dict[str, float | None]:
         """The headline of the sets that were evaluated at ``step``, by this process or the one before it."""
         dist.barrier()  # the writer has written
         paths = {name: self._result_path(name, step) for name in self.config.evaluation.sets}
@@ -244,9 +244,9 @@ class Trainer:
     def _result_path(self, name: str, step: int) -> Path:
         return self.folder / "evaluation" / f"{name}-{step:06d}.json"
 
-    def evaluate(self, step: int, names: list[str]) -> dict[str, float]:
+    def evaluate(self, step: int, names: list[str]) -> dict[str, float | None]:
         """Measure evaluation sets and keep figures, rows and a picture of each; returns the headline (Acc@0.5 for
-        boxes, accuracy for points and classes, mAP for detection) by set."""
+        boxes, accuracy for points and classes, mAP for detection) by set, None where it is not defined."""
         accuracy = {}
         for name in names:
             self.watchdog.beat(step, f"evaluation of {name}")
@@ -269,9 +269,9 @@ class Trainer:
             if path.exists() and not self.log.has(self.start_step, f"eval/{name}/"):
                 self.log.evaluated(self.start_step, name, json.loads(path.read_text()))
 
-    def _goal_reached(self, accuracy: dict[str, float]) -> bool:
+    def _goal_reached(self, accuracy: dict[str, float | None]) -> bool:
         goals = self.config.evaluation.stop_at
-        return bool(goals) and all(accuracy.get(name, 0.0) >= goal for name, goal in goals.items())
+        return bool(goals) and all((accuracy.get(name) or 0.0) >= goal for name, goal in goals.items())
 
     def _check_folder(self) -> None:
         """Refuse to mix two runs in one folder, or to replace one that this run starts from."""

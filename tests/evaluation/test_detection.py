@@ -8,7 +8,7 @@ import random
 import pytest
 
 from megavg.evaluation.detection import coco_figures, ranking
-from megavg.evaluation.figures import figures, headline, in_stored_order
+from megavg.evaluation.figures import figures, headline, headline_text, in_stored_order, summary
 from megavg.evaluation.rows import answer_row
 from megavg.protocols.sample import RELATIVE_1000, Completion, Frame, Sample
 
@@ -105,7 +105,8 @@ def test_a_set_without_an_object_has_no_precision_but_is_counted():
     rows = [row_of(0, [], "None"), row_of(1, [], [([0, 0, 9, 9], "king", None)])]
     result = figures(rows)
     assert result["map"] is None and result["num_objects"] == 0 and result["correct_rate"] == 0.5
-    assert headline(result) == ("mAP", 0.0)
+    assert headline(result) == ("mAP", None) and headline_text(result) == "mAP undefined"
+    assert summary(result).startswith("mAP undefined  ") and "  parsed " in summary(result)
 
 
 def test_nothing_answered_is_no_precision_at_all():

@@ -23,14 +23,14 @@ def test_alone_without_a_launcher():
     {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"},
     {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
     {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"},
-    {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"},
+    {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"},
 ])
 def test_each_launcher_is_understood(environment):
     assert ranks({**environment, "MASTER_ADDR": "127.0.0.1"}) == ("3", "4", "1")
 
 
 def test_torch_names_win_over_the_scheduler():
-    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1",
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1",
                    "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1"}
     assert ranks(environment) == ("1", "2", "1")
 
@@ -38,12 +38,17 @@ def test_torch_names_win_over_the_scheduler():
 @pytest.mark.parametrize("environment, message", [
     ({"RANK": "1"}, "RANK and WORLD_SIZE"),
     ({"WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"),
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}, "MASTER_ADDR"),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, "MASTER_ADDR"),
 ])
 def test_half_an_environment_is_refused(environment, message):
     """Otherwise every process would believe to be alone and write over the others' files."""
     with pytest.raises(ValueError, match=message):
         read_launcher(environment)
+
+
+def test_a_command_in_a_batch_script_is_alone():
+    """Slurm tells the script of all tasks of the job, but only srun starts them."""
+    assert ranks({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}) == ("0", "1", "0")
 
 
 def test_a_world_that_does_not_divide_is_refused():

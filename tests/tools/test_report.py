@@ -322,6 +322,22 @@ def test_what_is_missing_or_broken_is_said(run, tmp_path, damage, words):
         assert curves(page)["loss"]["run"][1][1] is None
 
 
+@pytest.mark.parametrize("steps, last", [((0, 3), None), ((0,), 0.25)])
+def test_a_figure_that_is_not_defined_is_no_number(run, tmp_path, steps, last):
+    changed = copy(run, tmp_path / "run")
+    for step in (0, 3):
+        path = changed / "evaluation" / f"scenes-{step:06d}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "acc_at_50": None if step in steps else 0.25}))
+    rewrite_metrics(changed, lambda line: {key: value for key, value in line.items() if "/acc_at_50" not in key})
+    content, page = make(tmp_path / "report.html", changed)
+    story, = read_stories(read_runs([str(changed)]))
+    assert (story.first_value, story.last_value, story.best_value) == (None, last, last)
+    row = re.search(r"<tr><th>scenes</th><td>Acc@0\.5</td>((?:<td class=\"n\">[^<]*</td>){4})", content)
+    first, final, difference, best = re.findall(r">([^<]*)</td>", row[1])
+    assert (first, difference) == ("-", "-")
+    assert (final, best) == (("-", "-") if last is None else ("0.250", "0.250 (3)"))
+
+
 def test_a_resumed_run_is_one_curve_and_an_old_one_is_quiet(run, tmp_path):
     resumed = copy(run, tmp_path / "run")
     again = [{**line, "loss": 7.0 + line["step"]} for line in training_lines(run) if line["step"] > 1]
