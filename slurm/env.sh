@@ -9,6 +9,8 @@
 : "${MEGAVG_MPI:=pmix}"
 # how often one job may start again, after its time limit, a pre-emption or a crash
 : "${MAX_RESTARTS:=20}"
+# ... and how many hangs or crashes in a row it outlives in which the run keeps nothing new, no checkpoint and no answer
+: "${MAX_FUTILE_STARTS:=3}"
 # 1 starts a crashed run again too, from its last checkpoint; a wrong option or wrong data never
 : "${RESTART_AFTER_CRASH:=0}"
 

@@ -58,7 +58,10 @@ find_master() {  # MASTER_ADDR and MASTER_PORT: the first node of the allocation
 # one bad exit ends the step, and so does a rank that does not leave after the others
 SRUN=(srun --kill-on-bad-exit=1 --wait=120)
 
-run_ranks() {  # COMMAND...: run it as every rank; starts again what was asked to leave, and exits with how it ended
+run_ranks() {  # KEPT COMMAND...: run it as every rank; start again what was asked to leave, or exit with how it ended
+    # KEPT is a pattern of the files that show how far the run has come: checkpoints, or answers
+    local kept=$1
+    shift
     local status first when rank node
     in_a_job
     export RANK_NOTES="$PWD/.ranks-$SLURM_JOB_ID"
@@ -75,12 +78,31 @@ run_ranks() {  # COMMAND...: run it as every rank; starts again what was asked t
     case "$LEFT" in *" $status "*) [ -z "$first" ] || { rm -rf "$RANK_NOTES"; start_again "asked to leave"; } ;; esac
     [ "$status" = 0 ] || tell_failure "$status" "${rank:-}" "${node:-}"
     rm -rf "$RANK_NOTES"
-    [ "$status" != "$HUNG" ] || start_again "hung"
+    [ "$status" != "$HUNG" ] || start_after_failure "$status" "hung" "$kept"
     if [ "$status" != 0 ] && [ "$status" != "$MENDABLE" ] && [ "$RESTART_AFTER_CRASH" = 1 ]; then
-        start_again "crashed with status $status"
+        start_after_failure "$status" "crashed with status $status" "$kept"
     fi
+    rm -f "$(futile_starts)"
     [ "$status" != 0 ] || say "finished, $(date '+%F %T')"
     exit "$status"
+}
+
+futile_starts() { printf '%s' "$PWD/.futile-$SLURM_JOB_ID"; }  # a file: how many starts in a row, and what was kept then
+
+start_after_failure() {  # STATUS WHY KEPT: start again, unless that got the run no further several times in a row
+    local file count=0 before= now
+    file=$(futile_starts)
+    now=$(compgen -G "$3" | xargs -r -d '\n' stat -c '%n %s' | cksum)
+    [ ! -f "$file" ] || { read -r count && read -r before; } < "$file"
+    if [ "$now" = "$before" ]; then count=$((count + 1)); else count=1; fi
+    if [ "$count" -ge "$MAX_FUTILE_STARTS" ]; then
+        rm -f "$file"
+        say "$2, $count times in a row without anything new under $3, so it is not started again" \
+            "(MAX_FUTILE_STARTS=$MAX_FUTILE_STARTS); submit the same command to try once more"
+        exit "$1"
+    fi
+    printf '%s\n' "$count" "$now" > "$file.tmp" && mv "$file.tmp" "$file"
+    start_again "$2"
 }
 
 tell_failure() {  # STATUS RANK NODE: the rank that failed first and its last words, below those of all the others

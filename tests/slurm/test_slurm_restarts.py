@@ -103,3 +103,15 @@ def test_a_hang_starts_again_by_itself(cluster, tmp_path):
     state, status, log = cluster.finish(job, 60)
     assert (state, status) == ("COMPLETED", 0)
     assert "first, with status 76\n[slurm] hung; back into the queue for restart 1 of 20" in log
+    assert not list(tmp_path.glob(".futile-*"))
+
+
+def test_hangs_that_get_the_run_no_further_have_an_end(cluster, tmp_path):
+    job = cluster.submit(tmp_path, "--nodes=1", "--ntasks-per-node=1", TOY, "stuck", MAX_FUTILE_STARTS="2")
+    for restarts in (1, 2):  # what the first two starts keep counts as progress
+        cluster.start_again(job, restarts)
+    state, status, log = cluster.finish(job, 60)
+    assert (state, status) == ("FAILED", 76) and cluster.about(job)["Restarts"] == "2", log
+    assert log.splitlines()[-1] == ("[slurm] hung, 2 times in a row without anything new under kept-*, so it is not "
+                                    "started again (MAX_FUTILE_STARTS=2); submit the same command to try once more")
+    assert not list(tmp_path.glob(".futile-*"))

@@ -58,7 +58,9 @@ def attack_figures(tree: dict) -> dict:
         found["outside"][key] = max(float((black - a).max().maximum((a - white).max())) for a, _ in pairs)
         found["same_frames"][key] = all(bool((a == a[:, :, :1]).all()) for a, _ in pairs)
     found["no_eps_is_plain"] = explore(SaEI(SaEI.Config(eps=0.0)))[1] == plain
-    found["changed_answers"] = sum(a != b for a, b in zip(answers, plain))
+    # a model of seconds answers the same on images that hardly differ, so these are painted all over
+    painted = explore(SaEI(SaEI.Config(eps=1.0)))[1]
+    found["changed_answers"] = sum(a[3:] != b[3:] for a, b in zip(painted, plain))
     found["parameter_gradients"] = sum(p.grad is not None for p in policy.generator.stage.parameters())
     found["same_weights"] = all(torch.equal(before[name], tensor) for name, tensor in policy.engine.weights())
     return found
@@ -87,7 +89,7 @@ def test_the_ball_and_the_range_of_pixels_are_respected(attacks):
 
 
 def test_no_eps_is_grpo_and_nothing_is_left_behind(attacks):
-    assert attacks["no_eps_is_plain"] and attacks["changed_answers"] > 0
+    assert attacks["no_eps_is_plain"] and attacks["changed_answers"] > NUM_IMAGES / 4
     assert attacks["parameter_gradients"] == 0 and attacks["same_weights"]
 
 
