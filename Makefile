@@ -37,7 +37,7 @@ $(VENV)/.ready-to-test: $(VENV)/.ready requirements-test.txt
 	@touch $@
 
 test: $(VENV)/.ready-to-test
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations=10 $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 $(TEST_ARGS)
 
 demo: setup
 	$(BIN)/python tools/run_demo.py $(DEMO_ARGS)

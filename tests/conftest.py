@@ -13,6 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, so that no worker is left with one at the end; before all, those that mostly wait for a Slurm."""
+    items.sort(key=lambda item: (not item.get_closest_marker("slow"), item.path.parent.name != "slurm"))
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """``checkpoints(family, **TinySpec fields)`` -> directory of a small random checkpoint, made once per session."""

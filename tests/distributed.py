@@ -6,6 +6,7 @@ threads, no groups): a start takes a tenth of a second instead of the seven of t
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import traceback
@@ -44,6 +45,7 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
 
 def _rank_main(rank: int, world_size: int, port: int, environment: dict, results, function: Callable,
                args: tuple) -> None:
+    gc.freeze()  # a collection would copy all of the server's memory, only to find that it is in use
     os.environ.clear()  # the server's is that of the first call
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",

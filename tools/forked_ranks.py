@@ -6,6 +6,7 @@ groups, so each rank is as fresh as a new process.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -113,6 +114,7 @@ def _server():
 
 
 def _rank_main(rank: int, environment: dict[str, str], log: str, function: Callable[..., int], args: tuple) -> None:
+    gc.freeze()  # a collection would copy all of the server's memory, only to find that it is in use
     os.environ.clear()  # the server's is that of the first job
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -20,6 +20,8 @@ from megavg.data.tars import read_records
 from megavg.protocols.options import LabelNoise
 from tests.data.all_ranks import keys
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -20,6 +20,8 @@ from megavg.ops.boxes import center, contains
 from megavg.ops.point_text import parse_points
 from megavg.protocols.sample import RELATIVE_1000, Frame, Sample
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCREENS = ROOT / "examples" / "data" / "webdocs_gui" / "annotations.jsonl"
 CARDS = ROOT.parent / "shared" / "data" / "playing_cards" / "annotations.jsonl"

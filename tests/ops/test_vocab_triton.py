@@ -29,6 +29,8 @@ from megavg.protocols.options import HeadOptions
 from tests.ops import vocab_examples
 from tests.ops.vocab_examples import dense_log_softmax, gradients, relative, with_offset
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARED_MEMORY = 227 * 1024  # of one program on an H100 or H200

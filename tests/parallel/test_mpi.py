@@ -17,7 +17,7 @@ from tests.tiny_runs import run_tree, training_lines, without_times
 ROOT = Path(__file__).resolve().parents[2]
 BIN = str(Path(sys.executable).parent)
 MPIRUN = shutil.which("mpirun", path=BIN + os.pathsep + os.environ["PATH"])
-pytestmark = pytest.mark.skipif(MPIRUN is None, reason="mpirun is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MPIRUN is None, reason="mpirun is not installed")]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from tests.distributed import run_ranks
 from tests.tiny_models import (builder_of, encode_pictures, hf_logits, hf_model, processor_of, random_answers,
                                sharpened)
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FIELDS = {"vision_depth": 2, "num_layers": 5}  # the deepstack enters the first 2 layers
 WORLD = 4

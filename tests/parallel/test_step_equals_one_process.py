@@ -13,6 +13,8 @@ from tests.tiny_models import sharpened
 from tools.check_layouts import FIGURES
 from tools.layouts import read_layout
 
+pytestmark = pytest.mark.slow
+
 # 5 layers and 515 tokens divide by no size below; there are 2 key-value heads; deepstack enters the first 2 layers
 SIZES = {"num_layers": 5, "vision_depth": 2}
 SEEN = 1e-4

@@ -18,6 +18,8 @@ from megavg.parallel.watchdog_report import Missing, diagnose
 from tests.tiny_runs import run_tree
 from tools.forked_ranks import Job
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 3.0  # seconds without a move
 SLACK = 20.0  # of a busy machine
 

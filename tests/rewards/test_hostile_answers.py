@@ -16,6 +16,8 @@ from megavg.protocols.sample import TASKS, Completion, Frame, Sample
 from megavg.rewards.base import load_rewards, score
 from tests.rewards.slow_reader import has_box, has_class, has_form, has_point
 
+pytestmark = pytest.mark.slow
+
 JSON, PIXELS, TOKENS = BOX_FORMATS
 KING, QUEEN = (100.0, 50.0, 300.0, 150.0), (400.0, 200.0, 600.0, 400.0)
 SAMPLES = {

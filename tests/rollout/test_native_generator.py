@@ -12,6 +12,8 @@ from megavg.protocols.options import SamplingParams
 from tests.distributed import run_ranks
 from tests.tiny_models import builder_of, encode_pictures, hf_images, hf_model, hf_scores, processor_of, sharpened
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FIELDS = {"vision_depth": 2, "num_layers": 5}  # the deepstack's two additions leave a layer for each of four stages
 ONE = "TP1"

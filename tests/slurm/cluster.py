@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -61,12 +62,46 @@ class Cluster:
         about = self.about(job)
         return about["JobState"], int(about["ExitCode"].split(":")[0]), self.log(job)
 
+    def lose_node(self, node: str, job: str) -> None:
+        """Let a node of a running job vanish with all that runs there: no process of it says anything any more.
+
+        Slurm finds out by itself after SlurmdTimeout, minutes; the test tells it.
+        """
+        for process in _processes_of_node(node, job):
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:  # it went with another one
+                pass
+        self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        """Start a lost node anew."""
+        self.ask("slurmd", "-N", node)
+
     def start_again(self, job: str, restarts: int) -> None:
         """Wait until the job is back in the queue for the ``restarts``-th time, and spare it the two minutes there."""
         self.wait(job, "in the queue again", lambda: (
             self.about(job)["JobState"] == "PENDING" and self.about(job)["Restarts"] == str(restarts)))
         # one that starts in the second of its end is refused: "Job credential revoked"
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+
+
+def _processes_of_node(node: str, job: str) -> set[int]:
+    """slurmd of a node, and what it started for a job: script, srun, ranks, and Slurm's own process above them."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = set((folder / "environ").read_bytes().split(b"\0"))
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            above = Path("/proc", parent, "cmdline").read_bytes()
+        except OSError:  # it is gone
+            continue
+        if os.path.basename(words[0]) == b"slurmd" and words[1:3] == [b"-N", node.encode()]:
+            found.add(int(folder.name))
+        if {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()} <= environment:
+            found |= {int(folder.name)} | ({int(parent)} if b"slurmstepd" in above else set())
+    return found
 
 
 def rank_process(job: str, rank: int, program: str) -> int:

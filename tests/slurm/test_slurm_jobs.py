@@ -17,7 +17,9 @@ from tests.distributed import run_ranks
 from tests.slurm.cluster import ROOT, rank_process
 from tests.tiny_runs import read_metrics, run_tree, train, training_lines, without_times
 
-STEPS = 12
+pytestmark = pytest.mark.slow
+
+STEPS = 20
 
 
 def evaluate(tree: dict) -> None:
@@ -45,24 +47,26 @@ def setting(checkpoints, scene_shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(cluster, setting):
-    """A training on 2 nodes x 2 ranks that got USR1 in the middle; the job, its log, and the marker that it left."""
+    """A training on 2 nodes x 2 ranks that is pre-empted in the middle; the job, its log, and the marker that it left."""
     folder, _ = setting
     job = cluster.submit(folder, "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1",
                          "--time=20", "slurm/train.sbatch", "run.yaml", "parallel.tensor_model_parallel_size=2")
     cluster.wait(job, "in its third step", lambda: lines_of(folder / "run") >= 2)
-    cluster.ask("scancel", "--signal=USR1", job)
+    urgent = cluster.submit(folder, "--partition=high", "--nodes=2", "--exclusive", "--output=urgent.log",
+                            "--wrap=true")
     cluster.start_again(job, 1)
+    assert cluster.finish(urgent, 60)[0] == "COMPLETED"
     marker = json.loads((folder / "run" / "stopped.json").read_text())
     state, status, log = cluster.finish(job)
     assert (state, status) == ("COMPLETED", 0), log
     return job, log, marker
 
 
-def test_a_stopped_training_goes_on_by_itself(cluster, setting, trained):
+def test_a_pre_empted_training_goes_on_by_itself(cluster, setting, trained):
     folder, (job, log, marker) = setting[0], trained
-    assert marker["signal"] == "SIGUSR1" and 2 <= marker["step"] < STEPS
+    assert marker["signal"] == "SIGTERM" and 2 <= marker["step"] < STEPS
     assert cluster.about(job)["Restarts"] == "1" and not (folder / "run" / "stopped.json").exists()
-    words = ["start 1, ", f"SIGUSR1: saved run/checkpoints/step-{marker['step']:06d} and leave",
+    words = ["start 1, ", f"SIGTERM: saved run/checkpoints/step-{marker['step']:06d} and leave",
              "asked to leave; back into the queue for restart 1 of 20", "start 2, ",
              f"resumed after step {marker['step']}", f"step {STEPS}/{STEPS}", "[slurm] finished, "]
     places = [log.find(word) for word in words]
@@ -82,6 +86,48 @@ def test_its_metrics_are_those_of_an_uninterrupted_run(setting, trained, tmp_pat
     assert [without_times(line) for line in read_metrics(folder / "run")] == expected
     losses = [line["loss"] for line in expected]
     assert len(losses) == STEPS and losses[-1] < losses[0]
+
+
+def test_a_training_outlives_a_lost_node_a_hang_and_its_time_limit(cluster, setting):
+    folder, run = setting[0], setting[0] / "hard"
+    job = cluster.submit(folder, "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1",
+                         "--time=20", "slurm/train.sbatch", "run.yaml", "trainer.output_dir=hard",
+                         "trainer.num_steps=100000", "trainer.save_every=5", "parallel.hang_timeout_s=6")
+
+    def goes_on_after(step: int) -> int:
+        """The newest checkpoint, once it is a later one than that of ``step``."""
+        def newest() -> int:
+            return max((int(path.parent.name.removeprefix("step-"))
+                        for path in run.glob("checkpoints/step-*/manifest.json")), default=0)
+
+        cluster.wait(job, f"after step {step}", lambda: newest() > step)
+        return newest()
+
+    step = goes_on_after(0)
+    cluster.lose_node("n1", job)  # the one with the job's script, so that only Slurm can start it again
+    cluster.bring_back("n1")
+    cluster.start_again(job, 1)
+    step = goes_on_after(step)
+    os.kill(rank_process(job, 1, "megavg/train.py"), signal.SIGSTOP)
+    cluster.start_again(job, 2)
+    goes_on_after(step)
+    # within half a minute, Slurm sees that less than the two minutes of train.sbatch's --signal are left
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+    cluster.start_again(job, 3)
+    marker = json.loads((run / "stopped.json").read_text())
+    cluster.ask("scancel", job)
+    state, _, log = cluster.finish(job, 60)
+    assert state == "CANCELLED" and marker["signal"] == "SIGUSR1", log
+    words = ["start 1, ", "start 2, ", "resumed after step ", "hang: rank 1 is gone: no heartbeat since",
+             "hung; back into the queue for restart 2 of 20", "start 3, ", "resumed after step ",
+             f"SIGUSR1: saved hard/checkpoints/step-{marker['step']:06d} and leave",
+             "asked to leave; back into the queue for restart 3 of 20"]
+    place = 0
+    for word in words:
+        assert word in log[place:], f"{word!r} is not in its place in:\n{log}"
+        place = log.index(word, place) + len(word)
+    steps = [line["step"] for line in training_lines(run)]
+    assert steps == list(range(1, marker["step"] + 1)), "no step is missing or there twice"
 
 
 def test_evaluation_over_two_nodes(cluster, setting, trained, scene_shards, tmp_path):
@@ -130,8 +176,6 @@ def test_an_array_trains_one_seed_in_each_task(cluster, setting):
 
 
 def test_conversion(cluster, setting, trained):
-    if not (ROOT / "tools" / "convert_checkpoint.py").exists():
-        pytest.skip("there is no tools/convert_checkpoint.py yet")
     folder, _ = setting
     state, status, log = cluster.finish(cluster.submit(
         folder, "--cpus-per-task=2", "slurm/convert.sbatch", f"run/checkpoints/step-{STEPS:06d}", "hf", "--no-verify"))

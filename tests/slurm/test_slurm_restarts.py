@@ -6,7 +6,11 @@ from __future__ import annotations
 import re
 import time
 
+import pytest
+
 from tests.slurm.cluster import ROOT
+
+pytestmark = pytest.mark.slow
 
 TOY = "tests/slurm/toy.sbatch"
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")

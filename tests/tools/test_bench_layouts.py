@@ -13,6 +13,8 @@ from tools.bench_layouts import KINDS, MEASURED, RATIOS, TIMED, main, parse_argu
 from tools.layout_runs import Layout
 from tools.local_ranks import run_local
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

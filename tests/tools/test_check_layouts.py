@@ -13,6 +13,8 @@ import pytest
 from tools.check_layouts import FIGURES, choose_layouts, judge, parse_arguments, report
 from tools.layouts import Layout, read_layout
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_layouts.py"
 
 

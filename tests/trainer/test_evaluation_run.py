@@ -22,6 +22,8 @@ from megavg.protocols.config import apply_overrides
 from tests.distributed import run_ranks
 from tests.trainer.test_bad_input import change_member
 
+pytestmark = pytest.mark.slow
+
 EVALUATE = Path(__file__).resolve().parents[2] / "megavg" / "evaluate.py"
 LAYOUTS = {"dp": (), "tp": ("parallel.tensor_model_parallel_size=2",),
            "pp": ("parallel.pipeline_model_parallel_size=2",)}

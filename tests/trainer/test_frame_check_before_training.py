@@ -15,6 +15,8 @@ import yaml
 from tests.distributed import run_ranks
 from tests.tiny_runs import run_tree, training_lines
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = ("data.check_frame=stop", "trainer.num_steps=1", "evaluation.sets={}")
 

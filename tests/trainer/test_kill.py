@@ -13,6 +13,8 @@ from megavg.checkpoint.train_state import read_trainer_state
 from tools import kill_test
 from tools.killed_runs import KilledRun, Moment, differences, run_tree
 
+pytestmark = pytest.mark.slow
+
 RANKS, STEPS, KILLS = 2, 2, 3
 
 

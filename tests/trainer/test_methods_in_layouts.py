@@ -22,6 +22,8 @@ from megavg.trainer.step import make_signal
 from megavg.trainer.trainer import Trainer
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, dict] = {
     "grpo": {"dual_clip": 3.0, "entropy_coefficient": 0.01},
     "dapo": {"overlong_cache": 12, "resample_tries": 2},

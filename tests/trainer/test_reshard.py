@@ -12,6 +12,8 @@ from tests.distributed import run_ranks
 from tests.tiny_models import sharpened
 from tests.tiny_runs import run_tree, train, training_lines
 
+pytestmark = pytest.mark.slow
+
 # the order in which one set of processes may make them: DeepSpeed numbers modules over a process' life
 CHAIN = {"tp2pp2dp2": (2, 2, 2), "dp4": (1, 1, 4), "tp4": (4, 1, 1), "pp4": (1, 4, 1), "one process": (1, 1, 1)}
 HOPS = list(zip(CHAIN, list(CHAIN)[1:]))

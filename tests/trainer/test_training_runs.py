@@ -13,6 +13,8 @@ from tests.distributed import run_ranks
 from tests.tiny_runs import all_finite, read_metrics, run_tree, train, training_lines
 from tests.trainer.conftest import WARM
 
+pytestmark = pytest.mark.slow
+
 PER_STEP = {"step", "loss", "gradient_norm", "lr", "entropy/mean", "entropy/self_information", "response/length",
             "rollout/logprob_gap", "reward/mean", "reward/iou", "reward/format", "reward/parse_rate", "iou/mean",
             "reasons", "ecvgpo/alpha", "tokens", "tokens_per_second", "time/step", "time/data", "time/rollout",
