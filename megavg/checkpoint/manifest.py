@@ -90,6 +90,12 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Wait until a file that others wrote is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in ``folder`` are on the disk."""
     handle = os.open(folder, os.O_RDONLY)

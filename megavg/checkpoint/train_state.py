@@ -17,6 +17,7 @@ import logging
 import re
 import shutil
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -24,8 +25,8 @@ import torch.distributed as dist
 
 from megavg.checkpoint.errors import CheckpointError, first_line
 from megavg.checkpoint.hf import copy_side_files, replace_directory
-from megavg.checkpoint.manifest import (MANIFEST, facts_of, read_manifest, sync_folder, wrong_files, write_manifest,
-                                        write_synced)
+from megavg.checkpoint.manifest import (MANIFEST, facts_of, read_manifest, sync_file, sync_folder, wrong_files,
+                                        write_manifest, write_synced)
 from megavg.checkpoint.parts import Part
 from megavg.checkpoint.rng import rng_state, set_rng_state
 from megavg.checkpoint.sharded import read_parts, write_parts
@@ -74,15 +75,17 @@ class Checkpoints:
         keep_every: ... and those whose step is a multiple of this; 0 keeps no others.
         in_background: copy the state in memory and write it while the training goes on.
         tick: called now and then while a checkpoint is written, from the thread that writes.
+        timeout_minutes: how long a rank waits for the others, such as one that writes to a slow disk.
     """
 
     def __init__(self, folder: Path, context: ParallelContext, keep_last: int = 2, keep_every: int = 0,
-                 in_background: bool = False, tick: Callable[[], None] = lambda: None):
+                 in_background: bool = False, tick: Callable[[], None] = lambda: None, timeout_minutes: float = 30):
         self._tick = tick
         self.folder, self._rank, self._world = Path(folder), context.rank, context.world_size
         self._keep_last, self._keep_every, self._in_background = keep_last, keep_every, in_background
         # of its own, so that a background write never comes between the training's collectives
-        self._group = dist.new_group(backend="gloo") if context.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) \
+            if context.world_size > 1 else None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -143,6 +146,8 @@ class Checkpoints:
         (partial / RNG).mkdir(parents=True)
         (partial / MODEL).mkdir()
         copy_side_files(snapshot.model_files, partial / MODEL)
+        for path in (partial / MODEL).iterdir():
+            sync_file(path)
 
     def _clear_left_overs(self) -> None:
         """Remove what a run that was killed left half written, half removed, or replaced."""
@@ -166,7 +171,8 @@ class Checkpoints:
                                    *sorted((partial / MODEL).iterdir())])
         files = {name: fact for part in (first, *facts) for name, fact in part.items()}
         write_manifest(partial, files, {"step": snapshot.step, **snapshot.about})
-        sync_folder(partial)
+        for folder in (partial / STATE, partial / RNG, partial / MODEL, partial):
+            sync_folder(folder)
         replace_directory(partial, final)
         sync_folder(self.folder)
 

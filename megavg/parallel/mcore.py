@@ -75,15 +75,19 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def make_context(tensor: int, pipeline: int, device: torch.device) -> ParallelContext:
-    """Build megatron-core's groups over the running processes and return this process' place in them."""
+def make_context(tensor: int, pipeline: int, device: torch.device, timeout_minutes: float = 30.0) -> ParallelContext:
+    """Build megatron-core's groups over the running processes and return this process' place in them.
+
+    They do not take over the time-out of ``start_processes``.
+    """
     from megavg.parallel.core import parallel_state
 
     check_world_size(dist.get_world_size(), tensor, pipeline)
     if parallel_state.model_parallel_is_initialized():
         _leave_groups()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False)
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_minutes)
     if device.type == "cuda":
         # megatron-core initialises layers on the GPU from its own random state, and refuses where there is none
         from megavg.parallel.core import tensor_parallel

@@ -50,7 +50,8 @@ class EvaluationRun:
     def __init__(self, config: EvaluateConfig):
         self.config, self.settings, parallel = config, config.evaluation, config.parallel
         device = start_processes(parallel.timeout_minutes)
-        self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device)
+        self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device,
+                                    parallel.timeout_minutes)
         self.folder = Path(self.settings.output_dir)
         self.watchdog = Watchdog(self.folder / "hang", parallel.watched_seconds).start()
         self.shards = {name: expand_shards(part.shards) for name, part in self.settings.sets.items()}

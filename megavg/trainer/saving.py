@@ -31,7 +31,7 @@ class RunState:
         self.context, self._tell, settings = context, tell, config.trainer
         self.folder = Path(settings.output_dir) / FOLDER
         self._store = Checkpoints(self.folder, context, settings.keep_last, settings.keep_every,
-                                  settings.save_in_background, tick)
+                                  settings.save_in_background, tick, config.parallel.timeout_minutes)
         self._saved = -1
 
     def save(self, step: int) -> Path:

@@ -50,7 +50,8 @@ class Trainer:
         self.config, self.settings = config, config.trainer
         parallel = config.parallel
         device = start_processes(parallel.timeout_minutes)
-        self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device)
+        self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device,
+                                    parallel.timeout_minutes)
         self.folder = Path(self.settings.output_dir)
         self.watchdog = Watchdog(self.folder / "hang", parallel.watched_seconds).start()
         self.algorithm = algorithm_class(config.algorithm_name)(config.algorithm)

@@ -36,6 +36,25 @@ def test_a_deepspeed_with_other_hooks_is_refused(monkeypatch, place, name):
         check_deepspeed()
 
 
+def test_every_group_has_the_time_out_that_was_asked_for():
+    assert run_ranks(2, _time_outs) == [{150.0}] * 2
+
+
+def _time_outs() -> set[float]:
+    """Seconds of the time-outs of all groups that a run makes beside the one it starts with."""
+    import torch.distributed as dist
+
+    from megavg.checkpoint.train_state import Checkpoints
+    from megavg.parallel.mcore import make_context
+
+    there = set(dist.distributed_c10d._world.pg_map)
+    context = make_context(2, 1, torch.device("cpu"), timeout_minutes=2.5)
+    Checkpoints("unused", context, timeout_minutes=2.5)
+    made = [group for group in dist.distributed_c10d._world.pg_map if group not in there]
+    assert len(made) > 3
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made}
+
+
 def test_stages_with_unequal_optimiser_groups_are_refused():
     messages = run_ranks(2, _unequal_groups)
     assert messages[0] == messages[1]
