@@ -19,7 +19,8 @@ from typing import Any, Mapping
 if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from tools.shard_formats import Format, add_source_options, check_source_options, load_formats, whole  # noqa: E402
+from tools.shard_formats import (  # noqa: E402
+    Format, add_source_options, check_source_options, load_formats, named_texts, whole, with_fields)
 
 PROGRESS_SECONDS = 2.0
 NUM_SHOWN = 5
@@ -57,6 +58,9 @@ def build_parser(formats: Mapping[str, Format]) -> argparse.ArgumentParser:
     parser.add_argument("--crops-per-object", type=whole, metavar="N",
                         help="with --crop: windows per sample (default 1)")
     parser.add_argument("--resize", type=size, metavar="WxH", help="resize (after --crop) to this size, boxes with it")
+    parser.add_argument("--meta", type=named_texts, default={}, metavar="NAME=TEXT,...",
+                        help="fields for every record, such as dataset=refcoco,split=val, by which the tables of an "
+                             "evaluation are made, where the source does not say them (not for --format scenes)")
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise",
                         help="a broken picture, or a box that is empty or outside: stop (default), or leave it out "
                              "and list it in left_out.jsonl")
@@ -78,6 +82,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, f
                     rank: int) -> None:
     """Refuse options that do not go together, and (rank 0) a folder that holds something but an unfinished build."""
     check_source_options(parser, args, formats)
+    if args.meta and args.format == "scenes":
+        parser.error("--meta does not belong to --format scenes")
     if args.crops_per_object and not args.crop:
         parser.error("--crops-per-object needs --crop WxH")
     if args.dry_run or rank != 0:
@@ -173,7 +179,7 @@ def run(args: argparse.Namespace, formats: Mapping[str, Format], ranks: Any) -> 
 
     progress = Progress(ranks.rank, ranks.size)
     try:
-        drafts = formats[args.format].drafts(args)
+        drafts = with_fields(formats[args.format].drafts(args), args.meta)
         if args.dry_run:
             if ranks.rank == 0:
                 dry_run(drafts, args)

@@ -7,8 +7,8 @@ import importlib
 import inspect
 import math
 import re
-from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Iterable, Iterator, Mapping
 
 READERS = "megavg.data.readers"
 # name -> (module, what it is). VLM-R1 and LLaVA write their rows alike; --frame says where they differ.
@@ -109,6 +109,25 @@ def not_negative(text: str) -> float:
 def names(text: str) -> list[str]:
     """Words separated by commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def named_texts(text: str) -> dict[str, str]:
+    """name=text,name=text,...: fields for every record that the record does not use itself."""
+    from megavg.data.sample import RECORD_FIELDS
+
+    found = dict(part.partition("=")[::2] for part in names(text))
+    for name, value in found.items():
+        if not name or not value:
+            raise argparse.ArgumentTypeError(f"{text!r} is not name=text,name=text,...")
+        if name in RECORD_FIELDS:
+            raise argparse.ArgumentTypeError(f"{name!r} is the record's own; name it otherwise")
+    return found
+
+
+def with_fields(drafts: Iterable[Any], fields: Mapping[str, str]) -> Iterator[Any]:
+    """Drafts whose records say ``fields`` too, before what their source says under the same name."""
+    for draft in drafts:
+        yield replace(draft, fields={**draft.fields, **fields}) if fields else draft
 
 
 _PARSERS: Mapping[str, dict[str, Any]] = {

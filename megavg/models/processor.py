@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ _GROUNDING_TOKENS = frozenset({
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
 })
 _MAX_ASPECT_RATIO = 200
+_OPENING = re.compile(r"(?:<think>\s*)?\Z")
 
 
 class Processor:
@@ -41,6 +43,8 @@ class Processor:
         forbidden_token_ids: ids that must never be sampled: vision tokens, ``<|im_start|>`` and every row of the
             embedding that the tokenizer has no token for. End tokens and box tokens are not among them.
         digit_token_ids: ids of tokens that are digits and nothing else: what coordinates are written with.
+        opening: how the chat template begins the answer, "<think>\\n" with a Thinking edition of Qwen3-VL, else "". The
+            ids of an answer begin behind it, its text begins with it.
     """
 
     def __init__(self, parts: Parts, box_format: str, frame_kind: str):
@@ -58,6 +62,7 @@ class Processor:
         self._control_tokens = tuple(control.values())
         unused = set(range(self.vocab_size)) - set(vocab.values())
         self.forbidden_token_ids = tuple(sorted((set(control) | unused) - ends))
+        self.opening = _OPENING.search(self.rendered("", num_images=0))[0]
         self.digit_token_ids = tuple(sorted(i for token, i in vocab.items() if token.isascii() and token.isdigit()))
 
     @classmethod
@@ -140,20 +145,25 @@ class Processor:
     def encode_answer(self, text: str) -> list[int]:
         """Ids of an answer that the model should learn, with the end token ``<|im_end|>`` after it.
 
+        Where the prompt has begun a thought, a ``text`` without one closes it at once, as Qwen3 does.
+
         Raises:
             ValueError: ``text`` holds a control token; box and reference tokens are allowed.
         """
         self._check_text(text)
+        if self.opening:
+            text = text.removeprefix("<think>") if text.startswith("<think>") else f"\n</think>\n\n{text}"
         return self._tokenize(text) + [self.end_token_ids[0]]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of an answer up to its first end token, box and reference tokens included."""
+        """Text of an answer up to its first end token, with box and reference tokens, behind the prompt's ``opening``."""
         answer: list[int] = []
         for token in ids:
             if int(token) in self.end_token_ids:
                 break
             answer.append(int(token))
-        return self.tokenizer.decode(answer, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.opening + self.tokenizer.decode(answer, skip_special_tokens=False,
+                                                    clean_up_tokenization_spaces=False)
 
     def save_pretrained(self, out_dir: str | Path) -> None:
         """Copy the tokenizer, chat template and preprocessor files to ``out_dir``, byte for byte.

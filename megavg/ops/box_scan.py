@@ -48,10 +48,15 @@ _TOKEN_PIECE = re.compile(
 
 @dataclass
 class Beside:
-    """What an object of the answer says about its boxes; filled in while it is read."""
+    """What an object of the answer says about its boxes; filled in while it is read.
+
+    Attributes:
+        rank: place of the label's key in ``LABEL_KEYS``: a ``name`` beside a ``label`` is not what it is.
+    """
 
     label: str | None = None
     score: float | None = None
+    rank: int = len(LABEL_KEYS)
 
 
 @dataclass
@@ -200,8 +205,9 @@ def can_read_label(label: str) -> bool:
 
 def _take_pair(beside: Beside, found: re.Match) -> None:
     if found["name"] in LABEL_KEYS:
-        if found["text"]:
-            beside.label = read_string(found["text"])
+        rank = LABEL_KEYS.index(found["name"])
+        if found["text"] and rank <= beside.rank:
+            beside.label, beside.rank = read_string(found["text"]), rank
     elif found["number"] and number_fault(found["number"]) is None:
         beside.score = float(found["number"])
 

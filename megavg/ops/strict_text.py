@@ -35,10 +35,12 @@ _CORNER = rf"\({_NUMBER},\s?{_NUMBER}\)"
 _TOKEN_BOX = rf"<\|box_start\|>{_CORNER},\s?{_CORNER}<\|box_end\|>"
 _REFERENCE = r"<\|object_ref_start\|>(?:(?!<\|).){1,200}<\|object_ref_end\|>"
 _CLASS_OBJECT = rf"\{{\s*{_LABEL}\s*\}}"
+# how Qwen3 answers at once where the prompt opens a thought
+_NO_THOUGHT = re.compile(r"\A<think>[ \t\n\r]*</think>[ \t\n\r]*")
 _TAG = re.compile(r"</?(?:think|answer)>")
 _JSON_FORMS = {"rec": _objects("bbox_2d", 4), "point": _objects("point_2d", 2),
                "detection": _objects("bbox_2d", 4, label="!") + "|None"}
-_TOKEN_FORMS = {"rec": rf"(?:{_TOKEN_BOX})+", "point": rf"(?:<\|box_start\|>{_CORNER}<\|box_end\|>)+",
+_TOKEN_FORMS = {"rec": rf"(?:(?:{_REFERENCE})?{_TOKEN_BOX})+", "point": rf"(?:<\|box_start\|>{_CORNER}<\|box_end\|>)+",
                 "detection": rf"(?:{_REFERENCE}(?:{_TOKEN_BOX})+\s?)+|None"}
 
 
@@ -49,6 +51,7 @@ def _compiled(form: str) -> re.Pattern:
 _FORMS = {is_tokens: {task: _compiled(form) for task, form in forms.items()}
           for is_tokens, forms in ((True, _TOKEN_FORMS), (False, _JSON_FORMS))}
 _CLASS_FORM = _compiled(_CLASS_OBJECT)
+_EMPTY_LIST = _compiled(r"\[\s*\]")
 
 
 def strict_format(text: str, box_format: str, thinking: bool | None = None, task: str = "rec") -> str | None:
@@ -58,10 +61,10 @@ def strict_format(text: str, box_format: str, thinking: bool | None = None, task
     task             JSON formats, plain or in a ```` ```json ```` fence          token format
     ===============  ===========================================================  ====================================
     rec              ``{"bbox_2d": [four numbers]}`` or a list of them, each      one or more boxes between their box
-                     with an optional string ``label``                            tokens
+                     with an optional string ``label``                            tokens, each perhaps after its name
     point            ``{"point_2d": [two numbers]}``, likewise                    one or more points, likewise
     detection        as rec, each with a ``label``, then an optional ``score``;   each object's boxes after its name
-                     or ``None``                                                  between reference tokens; or ``None``
+                     ``[]``, or ``None``                                          between reference tokens; or ``None``
     classification   one line with the name of a class, or                        the same
                      ``{"label": "name"}``
     ===============  ===========================================================  ====================================
@@ -69,8 +72,8 @@ def strict_format(text: str, box_format: str, thinking: bool | None = None, task
     Args:
         text: the whole decoded answer.
         box_format: one of ``megavg.ops.box_formats.BOX_FORMATS``.
-        thinking: True demands ``<think>...</think><answer>...</answer>`` around the answer, False forbids it, None
-            takes either.
+        thinking: True demands ``<think>...</think><answer>...</answer>`` around the answer, False forbids it (but for a
+            thought that is empty), None takes either.
         task: one of ``megavg.protocols.sample.TASKS``.
 
     Raises:
@@ -82,16 +85,18 @@ def strict_format(text: str, box_format: str, thinking: bool | None = None, task
     body = text.strip()
     if not body:
         return "empty answer"
-    if thinking or (thinking is None and body.startswith("<think>")):
+    if thinking or (thinking is None and body.startswith("<think>") and not _NO_THOUGHT.match(body)):
         inside = inside_wrapper(body)
         if inside is None:
             return "no <think> and <answer>"
         body = inside
+    else:
+        body = _NO_THOUGHT.sub("", body, count=1)
     if box_format != TOKENS or task == "classification":
         body = without_fence(body)
     if task == "classification":
         return _class_fault(body)
-    if task == "detection" and body == "None":
+    if task == "detection" and (body == "None" or box_format != TOKENS and _EMPTY_LIST.fullmatch(body)):
         return None
     read = read_points if task == "point" else read_boxes
     found, reason = read(body, box_format)

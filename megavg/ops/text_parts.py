@@ -49,13 +49,14 @@ def _open_numbers(text: str, opening: str, closing: str) -> bool:
 def answer_part(text: str) -> str | None:
     """The text that counts as the answer; None while the model is still thinking.
 
-    The part inside ``<answer>`` where there is one (the last one), else the part after ``</think>``, else everything.
+    Of what stands after the last ``</think>`` (of everything where there is none) the part inside the last
+    ``<answer>``, where there is one. Inside of thoughts ``<answer>`` is a draft, whether they are closed or broken off;
+    one that ends a text whose thoughts were never closed is taken.
     """
-    if "<answer>" in text:
-        return text.rpartition("<answer>")[2].partition("</answer>")[0]
-    if "</think>" in text:
-        return text.rpartition("</think>")[2]
-    return None if "<think>" in text else text
+    told = text.rpartition("</think>")[2]
+    if "<think>" in told and not told.rstrip().endswith("</answer>"):
+        return None
+    return told.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in told else told
 
 
 def inside_wrapper(body: str) -> str | None:

@@ -17,7 +17,7 @@ _THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 _NUMBER = re.compile(r"(?<![A-Za-z_0-9])[0-9]+(?![A-Za-z_0-9])")
 
 
-def kinds(texts: Sequence[str], is_digit: Sequence[bool]) -> list[int]:
+def kinds(texts: Sequence[str], is_digit: Sequence[bool], opening: str = "") -> list[int]:
     """The kind of each token of ONE answer: FORMAT, THINK or DIGITS of ``megavg.protocols.batch``.
 
     Between <think> and </think> every token is THINK, digits too; an unclosed <think> counts to the end. A tag may be
@@ -27,11 +27,12 @@ def kinds(texts: Sequence[str], is_digit: Sequence[bool]) -> list[int]:
     Args:
         texts: of each token, decoded alone.
         is_digit: whether the token is digits and nothing else.
+        opening: what the prompt has begun the answer with, such as "<think>".
     """
-    whole = "".join(texts)
+    whole = opening + "".join(texts)
     thoughts = [match.span(1) for match in _THOUGHT.finditer(whole)]
     in_number = {place for match in _NUMBER.finditer(whole) for place in range(*match.span())}
-    found, end = [], 0
+    found, end = [], len(opening)
     for text, digit in zip(texts, is_digit):
         start, end = end, end + len(text)
         thinks = any(first <= start and end <= last for first, last in thoughts)
@@ -46,6 +47,7 @@ class TokenKinds:
         self.pad_token_id = processor.pad_token_id
         self._tokenizer = processor.tokenizer
         self._digits = frozenset(processor.digit_token_ids)
+        self._opening = processor.opening
         self._texts: dict[int, str] = {}
 
     def text(self, token: int) -> str:
@@ -57,7 +59,7 @@ class TokenKinds:
 
     def of(self, answer: Sequence[int]) -> list[int]:
         """The kind of each token of one answer."""
-        return kinds([self.text(token) for token in answer], [token in self._digits for token in answer])
+        return kinds([self.text(token) for token in answer], [token in self._digits for token in answer], self._opening)
 
     def batch(self, answers: Sequence[Sequence[int]], width: int) -> torch.Tensor:
         """Kinds of several answers [B, width] int8 on the CPU, FORMAT on padding."""

@@ -13,6 +13,11 @@ from PIL import Image
 from megavg.models.layers.mrope import mrope_positions
 from megavg.models.processor import Processor
 from megavg.models.tiny import TinySpec, make_tiny_checkpoint
+from megavg.models.tiny_tokenizer import CHAT_TEMPLATE
+from megavg.ops.box_text import parse_boxes
+from megavg.protocols.batch import DIGITS, THINK
+from megavg.protocols.sample import Frame
+from megavg.trainer.token_kinds import TokenKinds
 
 FORMATS = {
     "qwen2_vl": "tokens_relative_1000",
@@ -299,6 +304,29 @@ def test_a_chat_template_file_goes_before_the_tokenizers(checkpoints, tmp_path):
     (folder / "chat_template.jinja").write_text(template.replace("LEGACY", "JINJA"))
     processor = Processor.from_pretrained(folder, FORMATS["qwen3_vl"])
     assert "JINJA" in processor.tokenizer.decode(processor.encode_prompt(noise((64, 64)), "x").input_ids)
+
+
+def test_a_template_that_opens_the_thought(checkpoints, tmp_path):
+    """As that of Qwen3-VL's Thinking edition does: the tag is in the prompt, not in the answer."""
+    folder = shutil.copytree(checkpoints / "qwen3_vl", tmp_path / "copy")
+    plain = Processor.from_pretrained(folder, FORMATS["qwen3_vl"])
+    turn = "'<|im_start|>assistant\n'"
+    assert plain.opening == "" and turn in CHAT_TEMPLATE
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace(turn, turn[:-1] + "<think>\n'"))
+    processor = Processor.from_pretrained(folder, FORMATS["qwen3_vl"])
+    assert processor.opening == "<think>\n" and processor.rendered("x").endswith("assistant\n<think>\n")
+    box = '{"bbox_2d": [1, 2, 3, 4]}'
+    for thought, told in ((f"so</think><answer>{box}</answer>", f"<think>so</think><answer>{box}</answer>"),
+                          (f"\n</think>\n\n{box}", box)):
+        ids = processor.encode_answer(told)
+        assert plain.decode(ids) == thought, "what the model learns to say goes on from the prompt"
+        assert processor.decode(ids) == "<think>\n" + thought
+    cut = processor.decode(plain.encode_answer(f"It is at {box}, or"))
+    assert parse_boxes(cut, Frame(processor.frame_kind, 64, 64, 64, 64), processor.box_format).reason == "no answer"
+    reader, ids = TokenKinds(processor), processor.encode_answer(f"<think>so 7</think>{box}")
+    kinds = reader.of(ids)
+    assert kinds[0] == THINK and TokenKinds(plain).of(ids)[0] != THINK
+    assert "".join(reader.text(token) for token, kind in zip(ids, kinds) if kind == DIGITS) == "1234"
 
 
 def test_unknown_folder_and_format(checkpoints, tmp_path):

@@ -149,6 +149,9 @@ def test_a_label_with_the_beginning_of_a_control_token_cannot_stand_between_toke
 @pytest.mark.parametrize("text, part", [
     ("plain", "plain"), ("<think>x", None), ("<think>x</think> y", " y"), ("x</think>y", "y"),
     ("<think>a</think><answer>b</answer>c", "b"), ("<answer>a</answer><answer>b", "b"), ("", ""),
+    ("<think>say <answer>a</answer>?</think>b", "b"), ("<think>say <answer>a</answer>, no, it is", None),
+    ("<think>between <answer> and </answer></think><answer>b</answer>", "b"), ("<think>so <answer>a</answer>\n", "a"),
+    ("<think>a</think>b<think>c", None), ("<think>a<think>b</think>c", "c"),
 ])
 def test_the_part_that_is_the_answer(text, part):
     assert answer_part(text) == part
@@ -189,14 +192,14 @@ def test_no_class_or_several_are_none(text):
 GOOD = {
     "point": ['{"point_2d": [1, 2]}', '[{"point_2d": [1, 2.5], "label": "x"}]', '```json\n{"point_2d": [1, 2]}\n```'],
     "detection": ['[{"bbox_2d": [1, 2, 3, 4], "label": "x"}]', '{"label": "x", "bbox_2d": [1, 2, 3, 4], "score": 0.5}',
-                  "None"],
+                  "None", "[]", "[ ]", "```json\n[]\n```"],
     "classification": ["king", "king of hearts.", '{"label": "king"}', '```json\n{"label": "king"}\n```'],
 }
 BAD = {
     "rec": ["None", "king", '{"point_2d": [1, 2]}'],
     "point": ["None", "[1, 2]", "(1, 2)", '{"bbox_2d": [1, 2, 3, 4]}', '{"point_2d": [1, 2, 3]}',
               '{"point_2d": [1, 2]} .', '{"point_2d": [NaN, 2]}'],
-    "detection": ["none", "[]", '[{"bbox_2d": [1, 2, 3, 4]}]', '[{"bbox_2d": [3, 2, 1, 4], "label": "x"}]', "king"],
+    "detection": ["none", "[[]]", '[{"bbox_2d": [1, 2, 3, 4]}]', '[{"bbox_2d": [3, 2, 1, 4], "label": "x"}]', "king"],
     "classification": ["", "a\nb", "{}", "<answer>king</answer>", "x" * 300,
                        '{"label": "king"} it is', '[{"label": "king"}]'],
 }
@@ -208,6 +211,8 @@ def test_the_strict_form_of_a_task(task):
         assert strict_format(text, JSON, False, task) is None, text
         assert strict_format(f"<think>x</think><answer>{text}</answer>", JSON, True, task) is None, text
         assert strict_format(text, JSON, True, task) == "no <think> and <answer>"
+        assert strict_format(f"<think>\n\n</think>\n\n{text}", JSON, False, task) is None, text
+        assert strict_format(f"<think>x</think>{text}", JSON, False, task), text
     for text in BAD[task]:
         assert strict_format(text, JSON, False, task), text
     with pytest.raises(ValueError, match="did you mean 'rec'"):
@@ -222,3 +227,6 @@ def test_the_strict_form_between_tokens():
     assert strict_format(name + box + box + name + box, TOKENS, task="detection") is None
     assert strict_format(box, TOKENS, task="detection") == "text around the boxes"
     assert strict_format("None", TOKENS, task="detection") is None
+    assert strict_format("[]", TOKENS, task="detection")
+    assert strict_format(name + box, TOKENS) is None and strict_format(box + name + box, TOKENS) is None
+    assert strict_format(name, TOKENS) and strict_format(box + name, TOKENS)

@@ -135,6 +135,8 @@ def test_boxes_are_found_between_box_tokens(text, boxes):
     ('{"objects": [{"score": 0.5, "bbox_2d": [1, 2, 3, 4], "class": "a"}, {"bbox_2d": [5, 6, 7, 8], '
      '"confidence": 1e-1}]}', ("a", None), (0.5, 0.1)),
     ('{"label": "both", "bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]]}', ("both", "both"), (None, None)),
+    ('[{"bbox_2d": [1, 2, 3, 4], "label": "dog", "category": "animal", "name": "Rex"}, '
+     '{"name": "Tom", "bbox_2d": [5, 6, 7, 8], "class": "cat"}]', ("dog", "cat"), (None, None)),
     ('{"label": "outer", "objects": [{"bbox_2d": [1, 2, 3, 4]}, {"bbox": [5, 6, 7, 8]}]}', (None, None), (None, None)),
     ('"label": "loose" {"bbox_2d": [1, 2, 3, 4]} {"bbox_2d": [5, 6, 7, 8], "label": "in"}', (None, "in"), (None, None)),
     ("[{'bbox_2d': [1, 2, 3, 4], 'label': 'it\\'s'}, "

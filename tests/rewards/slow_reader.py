@@ -18,11 +18,10 @@ EDGE = "\"'`.\u201c\u201d\u2018\u2019"
 
 def answer_of(text: str) -> str:
     """What counts as the answer; empty while the model thinks."""
-    if "<answer>" in text:
-        return text.split("<answer>")[-1].split("</answer>")[0]
-    if "</think>" in text:
-        return text.split("</think>")[-1]
-    return "" if "<think>" in text else text
+    text = text.split("</think>")[-1]
+    if "<think>" in text and not text.strip().endswith("</answer>"):
+        return ""
+    return text.split("<answer>")[-1].split("</answer>")[0] if "<answer>" in text else text
 
 
 def plain(text: str) -> str:
@@ -175,7 +174,9 @@ def has_class(text: str, name: str) -> bool:
 def has_form(text: str, box_format: str, task: str) -> bool:
     """Whether the whole text is one answer of the task."""
     if task == "classification":
-        return bool(plain(text)) and "<think>" not in text
+        thought, ended, rest = text.strip().removeprefix("<think>").partition("</think>")
+        is_empty = text.strip().startswith("<think>") and ended and not thought.strip(" \t\n\r")
+        return bool(plain(text)) and "<think>" not in (rest if is_empty else text)
     if task == "detection" and plain(text) == "None":
         return True
     if box_format == TOKENS:
@@ -186,4 +187,4 @@ def has_form(text: str, box_format: str, task: str) -> bool:
         return False
     key, fits = ("point_2d", lambda values: len(values) == 2) if task == "point" else ("bbox_2d", is_box)
     objects = answer if isinstance(answer, list) else [answer]
-    return bool(objects) and all(isinstance(each, dict) and fits(each.get(key, ())) for each in objects)
+    return (bool(objects) or task == "detection") and all(isinstance(each, dict) and fits(each.get(key, ())) for each in objects)

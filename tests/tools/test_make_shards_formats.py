@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 from megavg.data.shards import iterate_all
+from megavg.evaluation.rows import answer_row
+from megavg.evaluation.tables import refcoco_columns
+from megavg.protocols.sample import Completion, Frame
 from tests.data.readers.test_reader_conversations import rec, talk
 from tests.data.readers.test_reader_screenspot import PRO, ROW
 from tests.data.readers.test_reader_voc import CAR, DOG, xml
@@ -104,6 +107,24 @@ def test_a_data_set_becomes_shards(name, tmp_path):
     (sample,) = iterate_all(str(tmp_path / "shards"))
     assert sample.task == task and sample.image.size == (sample.width, sample.height)
     assert [box for box in sample.boxes_xyxy_px] == [pytest.approx(box, abs=1e-9) for box in boxes]
+
+
+def test_fields_that_the_source_does_not_say(tmp_path, capsys):
+    """VLM-R1's files do not say of which split they are, and the official table goes by that."""
+    picture(tmp_path / "coco/train2014/a.jpg", (427, 640))
+    write(tmp_path / "rec.json", [rec()])
+    asked = ["--format", "vlm_r1", "--annotations", f"{tmp_path}/rec.json", "--image-root", f"{tmp_path}/coco",
+             "--frame", "pixels", "--out", f"{tmp_path}/out"]
+    assert main([*asked, "--meta", "split=testA,dataset=refcoco+"]) == 0
+    (sample,) = iterate_all([str(tmp_path / "out")])
+    assert (sample.meta["split"], sample.meta["dataset"], sample.meta["row_id"]) == ("testA", "refcoco+", 0)
+    frame = Frame("relative_1000", 427, 640, 427, 640)
+    row = answer_row(sample, Completion("none", "json_relative_1000", frame, 1, False))
+    assert list(refcoco_columns({"x": [row]})) == [("refcoco+", "testA")]
+    for wrong, words in (("split", "is not name=text"), ("task=point", "'task' is the record's own")):
+        with pytest.raises(SystemExit):
+            main([*asked, "--meta", wrong])
+        assert words in capsys.readouterr().err
 
 
 def test_every_format_is_tried():

@@ -56,8 +56,10 @@ def read(annotations: str, frame: str, image_root: str | None = None, task: str 
         question: a regular expression that the whole question matches, with a group "expression"; None: the question
             of VLM-R1 and LLaVA ("Please provide the bounding box coordinate of the region this sentence describes:
             ..."), for detection that of VLM-R1 ("... detect the following objects: ...").
-        skip_other_turns: pass over questions that do not match. By default each of them is an error.
-        clip: boxes that leave the picture by at most so many pixels are cut at its edge.
+        skip_other_turns: pass over questions that do not match, and rows without a picture. By default each of them is
+            an error.
+        clip: boxes that leave the picture by at most so many pixels (with relative_1_square also those that do so by
+            what its two decimals round away) are cut at its edge.
         allow_outside: take pictures that the annotations name by absolute paths or "..", wherever they lie.
 
     Raises:
@@ -71,6 +73,8 @@ def read(annotations: str, frame: str, image_root: str | None = None, task: str 
     options = _Options(frame, task, pattern, skip_other_turns, PictureFolder(folder, allow_outside), clip)
     for place, number, row, problem in rows_of(annotations):
         where = f"{annotations}: {place}"
+        if skip_other_turns and isinstance(row, dict) and all(image is None for image in _images(row)):
+            continue
         fault = ("bad json", problem) if problem else _fault(row)
         if fault:
             yield broken(where, key_from("row", number), *fault)

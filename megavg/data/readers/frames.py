@@ -21,6 +21,7 @@ from megavg.data.sample import SampleError
 PIXELS = "pixels"
 FRAMES = (PIXELS, "relative_1", "relative_1000", "relative_1_square")
 LAYOUTS = ("xyxy", "xywh")
+_ROUNDING = {"relative_1_square": 0.00501}  # in units of the frame; a little more than half of the last decimal
 _MAX_SIDE = 2**31 - 1  # of a PNG, the largest of the formats that shards hold
 
 
@@ -41,6 +42,8 @@ def from_xywh(box: Any) -> Any:
 def boxes_to_px(boxes: Any, frame: str, width: Any, height: Any, clip_px: float, where: str, key: str) -> Any:
     """Boxes of ``frame`` in pixels of the ``width`` x ``height`` picture, small overhang cut off.
 
+    Overhang is small up to ``clip_px``, or to what the frame's own rounding makes: LLaVA writes two decimals.
+
     What is not four numbers stays as it is: ``megavg.data.sample.check_boxes`` refuses it in words.
 
     Raises:
@@ -59,6 +62,7 @@ def boxes_to_px(boxes: Any, frame: str, width: Any, height: Any, clip_px: float,
 def _box_to_px(box: Sequence[float], frame: str, width: int, height: int, clip_px: float, where: str,
                key: str) -> list[float]:
     box_px = _scaled(box, frame, width, height)
+    clip_px = max(clip_px, _ROUNDING.get(frame, 0.0) * max(width, height))
     if not _is_outside(box_px, width, height, clip_px):
         if frame in (PIXELS, "relative_1000") and max(box) <= 1 and box[2] > box[0] and box[3] > box[1]:
             raise SampleError(where, key, "empty box", f"{list(box)} in the frame {frame!r} is smaller than a pixel; "
@@ -66,7 +70,9 @@ def _box_to_px(box: Sequence[float], frame: str, width: int, height: int, clip_p
         return _clipped(box_px, width, height)
     # A box a little over the edge is a slip of the annotation, not another frame.
     is_far_out = _is_outside(box_px, width, height, 0.1 * max(width, height))
-    hint = f"; it would fit the frame {_fitting(box, frame, width, height)}" if is_far_out else ""
+    overhang = max(-box_px[0], -box_px[1], box_px[2] - width, box_px[3] - height)
+    hint = f"; it would fit the frame {_fitting(box, frame, width, height)}" if is_far_out else \
+        f" by {overhang:.3g} pixels; allow so much with clip (--clip), or leave it out"
     raise SampleError(where, key, "box outside image",
                       f"{list(box)} in the frame {frame!r} leaves the {width} x {height} image{hint}")
 

@@ -36,6 +36,10 @@ class ParquetImage:
             value = _image_column(self.path, self.row_group, self.column)[self.row].as_py()
         except Exception as error:  # pyarrow raises many types, on broken pages too
             raise OSError(f"row {self.row} of row group {self.row_group} does not read ({error})") from error
+        if isinstance(value, list):
+            if len(value) != 1:
+                raise OSError(f"the column {self.column!r} holds {len(value)} pictures, expected one")
+            value = value[0]
         value = value if isinstance(value, dict) else {"path": value}
         data, path = value.get("bytes"), value.get("path")
         if isinstance(data, bytes):
@@ -61,12 +65,12 @@ class _Columns:
     expression: str | None
     bbox: str
     label: str | None
-    meta: tuple[str, ...]
+    meta: dict[str, str]  # name in the record -> column
 
     @property
     def light(self) -> list[str]:
         """All but the picture."""
-        return [name for name in (self.expression, self.bbox, self.label, *self.meta) if name]
+        return [name for name in (self.expression, self.bbox, self.label, *self.meta.values()) if name]
 
 
 def read(annotations: str, frame: str, bbox_format: str, expression_column: str | None = None,
@@ -84,10 +88,11 @@ def read(annotations: str, frame: str, bbox_format: str, expression_column: str 
             text has its own box, with one box all have that one. With task=detection it may be left out: the
             classes are then those of class_names.
         bbox_column: four numbers, or a list of boxes.
-        image_column: {"bytes", "path"}, or a path.
+        image_column: {"bytes", "path"}, or a path, or a list with one of these.
         label_column: with task=detection, the class of each box: a text, or a number of ``class_names``.
         class_names: names of the classes by number, from 0.
-        meta_columns: columns that go to the record as they are, such as data_type.
+        meta_columns: columns that go to the record as they are, such as data_type; platform=data_source gives the
+            column data_source the name platform.
         split: take only files named SPLIT-*.parquet or SPLIT.parquet, or in a folder SPLIT; None takes all.
         task: "rec", "point" or "detection".
         image_root: the folder that paths in the image column are relative to; None: that of the file.
@@ -97,10 +102,11 @@ def read(annotations: str, frame: str, bbox_format: str, expression_column: str 
     Raises:
         ValueError: pyarrow is missing, there are no such files, a column is missing, an unknown frame or task.
     """
-    _check_options(frame, bbox_format, task, label_column, expression_column, class_names, meta_columns)
+    meta = {name: column or name for name, _, column in (each.partition("=") for each in meta_columns or ())}
+    _check_options(frame, bbox_format, task, label_column, expression_column, class_names, meta)
     if image_root is not None:
         existing_folder(image_root, "image_root", "the pictures")
-    columns = _Columns(image_column, expression_column, bbox_column, label_column, tuple(meta_columns or ()))
+    columns = _Columns(image_column, expression_column, bbox_column, label_column, meta)
     paths = _paths(annotations, split)
     for path in paths:
         _check_columns(path, columns)
@@ -115,7 +121,7 @@ def read(annotations: str, frame: str, bbox_format: str, expression_column: str 
 
 
 def _check_options(frame: str, bbox_format: str, task: str, label_column: str | None, expression_column: str | None,
-                   class_names: list[str] | None, meta_columns: list[str] | None) -> None:
+                   class_names: list[str] | None, meta: dict[str, str]) -> None:
     check_frame(frame)
     check_choice(bbox_format, LAYOUTS, "bbox_format")
     check_choice(task, ("rec", "point", "detection"), "task")
@@ -124,9 +130,10 @@ def _check_options(frame: str, bbox_format: str, task: str, label_column: str | 
                          "none")
     if expression_column is None and not (task == "detection" and class_names):
         raise ValueError("name expression_column, the column that says what to find")
-    clash = sorted({*(meta_columns or ())} & {*RECORD_FIELDS} - {"width", "height"})
+    clash = sorted({*meta} & {*RECORD_FIELDS} - {"width", "height"})
     if clash:
-        raise ValueError(f"meta_columns={clash}: these names are the record's own; leave them out")
+        raise ValueError(f"meta_columns={clash}: these names are the record's own; leave them out, or give another, as "
+                         f"in other={clash[0]}")
 
 
 def _pyarrow() -> Any:
@@ -202,7 +209,7 @@ def _row_drafts(values: dict[str, Any], image: ParquetImage, key_parts: tuple[An
         boxes = [boxes]
     if bbox_format == "xywh" and isinstance(boxes, list):
         boxes = [from_xywh(box) for box in boxes]
-    fields = {"boxes_xyxy_px": boxes, **{name: _plain(values[name]) for name in columns.meta}}
+    fields = {"boxes_xyxy_px": boxes, **{name: _plain(values[column]) for name, column in columns.meta.items()}}
     if columns.label:
         labels = values[columns.label]
         labels = labels if isinstance(labels, list) else [labels]

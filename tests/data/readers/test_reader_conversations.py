@@ -72,6 +72,27 @@ def test_pixels_thousandths_and_shares_are_the_same_box(annotations, picture):
         assert draft.load().boxes_xyxy_px == (pytest.approx(wanted),) and draft.load().expression == "a dog"
 
 
+def test_two_decimals_of_a_square_may_leave_the_picture(annotations):
+    """LLaVA writes two decimals: 2.4 of 640 pixels at each end of a full height."""
+    def told(*box):
+        (draft,) = read(annotations(talk((QUESTION + "a dog", json.dumps(box)), width=640, height=480)),
+                        "relative_1_square")
+        return draft.outline().boxes_xyxy_px[0]
+
+    assert told(.1, .12, .5, .88) == pytest.approx((64, 0, 320, 480))
+    with pytest.raises(SampleError, match=r"leaves the 640 x 480 image by 9.6 pixels; allow so much with clip"):
+        told(.1, .11, .5, .88)
+
+
+def test_rows_of_text_alone_are_no_grounding_either(annotations):
+    alone = {name: value for name, value in talk(("Why?", "So.")).items() if name != "image"}
+    path = annotations(alone, {**alone, "image": None}, talk((QUESTION + "the dog", "[1, 2, 30, 40]")))
+    (draft,) = read(path, "pixels", skip_other_turns=True)
+    assert draft.load().expression == "the dog"
+    with pytest.raises(SampleError, match="line 1.*expected one picture in 'image', got None"):
+        next(read(path, "pixels")).load()
+
+
 @pytest.mark.parametrize("frame, told, words", [
     ("pixels", [243, 468, 557, 745], "it would fit the frame 'relative_1000'"),
     ("pixels", [0.1, 0.2, 0.3, 0.4], "it fits the frame 'relative_1'"),

@@ -52,6 +52,15 @@ def test_rows_in_groups_and_several_texts(write, tmp_path):
         check_sample(sample)
 
 
+def test_columns_take_other_names_and_a_list_of_one_picture_is_one(write, tmp_path):
+    path = write([row(0, images=["0.png"], source="web"), row(1, images=["0.png", "1.png"], source="ios")])
+    first, second = parquet.read(path, **ASKED, image_column="images", meta_columns=["platform=source", "n"],
+                                 image_root=str(tmp_path))
+    assert first.load().meta == {"platform": "web", "n": 0, "source_frame": "pixels"}
+    with pytest.raises(SampleError, match="the column 'images' holds 2 pictures, expected one"):
+        second.load()
+
+
 def test_pictures_out_of_order_and_one_group_in_memory(write):
     drafts = list(parquet.read(write([row(number) for number in range(5)]), **ASKED))
     wanted = [draft.read() for draft in drafts]
