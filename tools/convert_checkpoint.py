@@ -90,25 +90,32 @@ def check_family(config: Path) -> None:
         raise ValueError(f"model_type={family!r} in {config} is no family of megavg; it has {', '.join(FAMILIES)}")
 
 
+def failed_place(out: Path) -> Path:
+    """Where a result is kept that differs from SOURCE."""
+    return out.with_name(out.name + ".failed")
+
+
 def check_out(out: Path, source: Path, overwrite: bool) -> None:
-    """Refuse to replace what is not to be replaced."""
-    here, there = out.resolve(), source.resolve()
-    if here == there or here in there.parents:
-        raise ValueError(f"OUT {out} is or holds SOURCE {source}; name another folder")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(f"OUT {out} exists; name another folder, or give --overwrite")
-    if not any((out / name).is_file() for name in ("config.json", "manifest.json")):
-        raise ValueError(f"OUT {out} is no checkpoint, so --overwrite does not replace it; name another folder")
+    """Refuse to replace what is not to be replaced: at OUT, and where it is kept if it should differ from SOURCE."""
+    there = source.resolve()
+    for name, place in (("OUT", out), ("OUT.failed", failed_place(out))):
+        here = place.resolve()
+        if here == there or here in there.parents:
+            raise ValueError(f"{name} {place} is or holds SOURCE {source}; name another folder as OUT")
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+            continue
+        if not overwrite:
+            raise ValueError(f"{name} {place} exists; name another folder as OUT, or give --overwrite")
+        if not any((place / file).is_file() for file in ("config.json", "manifest.json")):
+            raise ValueError(f"{name} {place} is no checkpoint, so --overwrite does not replace it; name another "
+                             "folder as OUT")
 
 
 def choose_dtype(args: argparse.Namespace, manifest: dict | None) -> str | None:
     """The dtype to cast to; None leaves the tensors as they are stored."""
-    from megavg.checkpoint.convert import NO_LAYOUT
+    from megavg.checkpoint.convert import computed_in
 
-    was_trained = manifest is not None and manifest["layout"] != NO_LAYOUT
-    return args.dtype or (manifest["dtype"] if was_trained and args.to == "hf" else None)
+    return args.dtype or (computed_in(manifest) if args.to == "hf" else None)
 
 
 def choose_names(model: Any, source: Any) -> list[str]:
@@ -129,6 +136,7 @@ def choose_names(model: Any, source: Any) -> list[str]:
 
 def make(args: argparse.Namespace, source: Any, partial: Path) -> tuple[list[str], str]:
     """Write the folder; returns the names of its tensors and a line that tells what it is."""
+    from megavg.checkpoint import swap
     from megavg.checkpoint.convert import do_file, finish_hf, plan_files, write_saved
     from megavg.models.base import load_model
 
@@ -139,7 +147,7 @@ def make(args: argparse.Namespace, source: Any, partial: Path) -> tuple[list[str
     _check_room(partial.parent, total)
     about = {"family": model.spec.family, "box_format": model.spec.box_format}
     try:
-        partial.mkdir(parents=True)
+        swap.begin(args.out)
         if args.to == "hf":
             _run(do_file, jobs, args.workers, "written", total)
             finish_hf(partial, jobs, source)
@@ -245,9 +253,11 @@ def convert(args: argparse.Namespace) -> int:
     """The whole conversion; returns the exit status."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is loaded; the logits are compared on the CPU
     source_folder = find_source(args.source)
+    from megavg.checkpoint import swap
+
+    args.out = swap.place_of(args.out)
     check_out(args.out, source_folder, args.overwrite)
     from megavg.checkpoint.convert import Source
-    from megavg.checkpoint.hf import replace_directory
     from megavg.parallel.quiet import quieten
 
     quieten()
@@ -260,18 +270,17 @@ def convert(args: argparse.Namespace) -> int:
     import torch
 
     source = Source(source_folder, getattr(torch, dtype) if dtype else None)
-    partial, failed = (args.out.with_name(args.out.name + suffix) for suffix in (".tmp", ".failed"))
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, failed = swap.beside(args.out), failed_place(args.out)
     try:
         names, summary = make(args, source, partial)
         wrong = verify(args, source, names, partial) if args.verify else []
         if wrong:
-            shutil.rmtree(failed, ignore_errors=True)
+            swap.remove(failed)
             os.replace(partial, failed)
         else:
-            replace_directory(partial, args.out)
+            swap.finish(args.out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        swap.remove(partial)
     for line in wrong[:20]:
         print(f"WRONG: {line}".replace(str(partial), str(failed)))
     if wrong:

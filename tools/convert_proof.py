@@ -35,16 +35,34 @@ def why_not(source: Source, out: Source) -> str | None:
 
 
 def available_bytes() -> int:
-    """Memory that this process can still take, on the machine and within its control group."""
+    """Memory that this process can still take, on the machine and within its control groups."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-    folder = Path("/sys/fs/cgroup") / group
-    try:
-        free.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no limit, or none of this kind
-    return min(free)
+    return min(free + _left_by_groups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")))
+
+
+def _left_by_groups(told: str, root: Path) -> list[int]:
+    """What each control group of memory, and each above it, has left; ``told`` is what the kernel says of a process.
+
+    Slurm sets the limit of a job above that of its task, and older machines have version 1 of the groups.
+    """
+    left = []
+    for line in told.splitlines():
+        _, controllers, group = line.split(":", 2)
+        top, limit, used = root, "memory.max", "memory.current"
+        if "memory" in controllers.split(","):
+            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif controllers:
+            continue
+        folder = top / group.lstrip("/")
+        for each in (folder, *folder.parents):
+            try:
+                left.append(int((each / limit).read_text()) - int((each / used).read_text()))
+            except (OSError, ValueError):
+                pass  # no limit, or none of this kind
+            if each == top:
+                break
+    return left
 
 
 def logits_differ(source: Source, out: Source) -> tuple[float, float]:

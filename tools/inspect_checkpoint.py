@@ -111,12 +111,20 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
         _show_difference(report, args)
     elif "tables" in report:
         for kind, rows in report["tables"].items():
-            _table(kind, rows, {"tensors": "d", "parameters": ",d", "bytes": ",d", "norm": ".6g", "largest": ".6g",
-                                "nan": "d", "inf": "d"})
+            shape = {"shape": ""} if args.by == "tensor" else {}
+            _table(kind, [_in_words(row) for row in rows], {
+                "tensors": "d", "dtype": "", **shape, "parameters": ",d", "bytes": ",d", "norm": ".6g",
+                "largest": ".6g", "nan": "d", "inf": "d"})
         _list("WRONG: not finite", [f"{entry['name']}: {entry['nan']} NaN, {entry['inf']} Inf"
                                     for entry in report["not_finite"]], args.max_listed)
         if report["ok"]:
             print("every number is finite")
+
+
+def _in_words(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table with its dtypes and shape as text."""
+    dtypes = row["dtypes"] if len(row["dtypes"]) == 1 else {f"{n} {dtype}": n for dtype, n in row["dtypes"].items()}
+    return {**row, "dtype": " ".join(dtypes), "shape": row["shape"] and "x".join(map(str, row["shape"]))}
 
 
 def _show_about(about: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from megavg.checkpoint.convert_file import Entry, write_file
 from megavg.checkpoint.errors import CheckpointError
 from megavg.checkpoint.hf import INDEX, SINGLE, HFCheckpoint, legacy_name, set_dtype, copy_side_files
-from megavg.checkpoint.manifest import facts_of, sync_folder, write_manifest
+from megavg.checkpoint.manifest import facts_of, write_manifest
 from megavg.checkpoint.parts import whole
 from megavg.checkpoint.saved import WEIGHTS, SavedCheckpoint, open_checkpoint
 from megavg.checkpoint.sharded import write_parts
@@ -22,6 +21,16 @@ from megavg.checkpoint.train_state import MODEL, STATE
 
 NO_LAYOUT = "none"
 """What the manifest of a converted folder says instead of a layout: it holds a model, and no state of a training."""
+
+
+def computed_in(manifest: dict[str, Any] | None) -> str | None:
+    """The dtype to which the weights of a checkpoint are rounded when they leave it: what its run computed in.
+
+    Its tensors are fp32 master copies. None where there was no training, and weights are what is stored.
+    """
+    if manifest is None:
+        return None
+    return manifest["dtype"] if manifest["layout"] != NO_LAYOUT else manifest.get("computed_in")
 
 
 class Source:
@@ -118,7 +127,6 @@ def finish_hf(out: Path, jobs: Sequence[FileJob], source: Source) -> None:
         index = {"metadata": {"total_size": sum(job.num_bytes for job in jobs)},
                  "weight_map": dict(sorted(weight_map.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    sync_folder(out)
 
 
 def write_saved(out: Path, source: Source, names: Sequence[str], about: dict[str, Any],
@@ -155,17 +163,14 @@ def write_saved(out: Path, source: Source, names: Sequence[str], about: dict[str
     held = Counter()
     for shape, dtype in facts.values():
         held[str(dtype).removeprefix("torch.")] += torch.Size(shape).numel()
+    run_dtype = computed_in(source.manifest) if source.dtype is None else None
     files = facts_of(out, sorted(path for path in out.rglob("*") if path.is_file()))
     write_manifest(out, files, {"step": 0, "layout": NO_LAYOUT, "world_size": 1, "dtype": held.most_common(1)[0][0],
-                                "legacy_names": source.legacy, **about})
-    sync_folder(out)
+                                "legacy_names": source.legacy, **about,
+                                **({"computed_in": run_dtype} if run_dtype else {})})
 
 
 def _side_files(source: Source, out: Path) -> None:
     copy_side_files(source.directory, out)
     if source.dtype is not None:
         set_dtype(out / "config.json", source.dtype)
-    for path in out.iterdir():
-        if path.is_file() and path.suffix != ".safetensors":
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -11,9 +11,11 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Callable, Iterable
 
 import torch
+
+from megavg.checkpoint import swap
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -97,7 +99,7 @@ class HFCheckpoint:
     def facts(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """(shape, dtype) of one whole tensor, from the header of its file."""
         stored = self._stored(name)
-        held = self._open(self._file_of[stored]).get_slice(stored)
+        held = self._ask(stored, lambda file: file.get_slice(stored))
         if held.get_dtype() not in _DTYPES:
             raise ValueError(f"tensor {name} in {self.directory} is stored in {held.get_dtype()}; only fp64, fp32, "
                              "bf16 and fp16 are read")
@@ -112,12 +114,16 @@ class HFCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor, on the CPU, as stored."""
+        stored = self._stored(name)
+        return self._ask(stored, lambda file: file.get_tensor(stored))
+
+    def _ask(self, stored: str, question: Callable[[Any], Any]) -> Any:
+        """What ``question`` finds of a tensor in its file."""
         from safetensors import SafetensorError
 
-        stored = self._stored(name)
         file = self._file_of[stored]
         try:
-            return self._open(file).get_tensor(stored)
+            return question(self._open(file))
         except SafetensorError as error:
             raise ValueError(f"{self.directory / file} does not hold tensor {stored} ({error}), but {INDEX} says so; "
                              "copy the checkpoint again") from error
@@ -128,16 +134,14 @@ def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, torch.Ten
     """Write ``tensors`` (modern names, in any order) as a checkpoint directory like ``source``.
 
     Configuration, tokenizer and processor files are copied from ``source``; weights are streamed into shards of at most
-    ``max_shard_bytes``. Everything is written into ``out_dir`` + ".tmp" and renamed at the end.
+    ``max_shard_bytes``. Everything is written beside ``out_dir`` and renamed at the end.
     """
-    out_dir = Path(out_dir)
-    partial = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    final = swap.place_of(out_dir)
+    partial = swap.begin(final)
     copy_side_files(source.directory, partial)
     dtype = _write_shards(partial, tensors, source.legacy, max_shard_bytes)
     set_dtype(partial / "config.json", dtype)
-    replace_directory(partial, out_dir)
+    swap.finish(final)
 
 
 def copy_side_files(directory: Path, out_dir: Path) -> None:
@@ -145,16 +149,6 @@ def copy_side_files(directory: Path, out_dir: Path) -> None:
     for file in sorted(directory.iterdir()):
         if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name != INDEX:
             shutil.copyfile(file, out_dir / file.name)
-
-
-def replace_directory(partial: Path, final: Path) -> None:
-    """Put the finished folder ``partial`` in the place of ``final``; an old ``final`` goes only after the rename."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def set_dtype(config_path: Path, dtype: torch.dtype) -> None:

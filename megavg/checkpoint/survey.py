@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -107,10 +107,14 @@ def open_holding(path: Path) -> Holding:
 
 
 def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
     try:
-        return json.loads((directory / "config.json").read_text())
+        config = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{directory / 'config.json'} cannot be read ({error}); copy the folder again") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); copy the folder again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is damaged: expected a JSON object; copy the folder again")
+    return config
 
 
 def _is_tied(directory: Path) -> bool:
@@ -185,8 +189,13 @@ def _layer(name: str) -> str:
 
 @dataclass
 class Figures:
-    """Sums over tensors: ``squares`` and ``largest`` are those of the finite numbers."""
+    """Sums over tensors: ``squares`` and ``largest`` are those of the finite numbers.
 
+    Attributes:
+        kinds: dtypes and shapes, each with the number of tensors that have it.
+    """
+
+    kinds: Counter = field(default_factory=Counter)
     parameters: int = 0
     bytes: int = 0
     squares: float = 0.0
@@ -196,19 +205,26 @@ class Figures:
 
     def add(self, other: Figures) -> None:
         """Take another tensor's in."""
+        self.kinds += other.kinds
         self.parameters, self.bytes = self.parameters + other.parameters, self.bytes + other.bytes
         self.squares, self.largest = self.squares + other.squares, max(self.largest, other.largest)
         self.nan, self.inf = self.nan + other.nan, self.inf + other.inf
 
     def row(self, group: str, tensors: int) -> dict[str, Any]:
         """As a line of a table."""
-        return {"group": group, "tensors": tensors, "parameters": self.parameters, "bytes": self.bytes,
+        dtypes = Counter()
+        for (dtype, _), count in self.kinds.items():
+            dtypes[dtype] += count
+        shapes = list(dict.fromkeys(shape for _, shape in self.kinds))
+        return {"group": group, "tensors": tensors, "dtypes": dict(dtypes),
+                "shape": list(shapes[0]) if len(shapes) == 1 else None, "parameters": self.parameters,
+                "bytes": self.bytes,
                 "norm": math.sqrt(self.squares), "largest": self.largest, "nan": self.nan, "inf": self.inf}
 
 
 def figures_of(tensor: torch.Tensor) -> Figures:
     """Measure one tensor in fp64, piece by piece."""
-    found = Figures(tensor.numel(), tensor.nbytes)
+    found = Figures(Counter([(_dtype_name(tensor.dtype), tuple(tensor.shape))]), tensor.numel(), tensor.nbytes)
     for piece in tensor.reshape(-1).split(PIECE):
         if not piece.numel():
             continue

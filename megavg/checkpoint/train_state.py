@@ -23,8 +23,9 @@ from typing import Any, Callable, Iterable, Sequence
 
 import torch.distributed as dist
 
+from megavg.checkpoint import swap
 from megavg.checkpoint.errors import CheckpointError, first_line
-from megavg.checkpoint.hf import copy_side_files, replace_directory
+from megavg.checkpoint.hf import copy_side_files
 from megavg.checkpoint.manifest import (MANIFEST, facts_of, read_manifest, sync_file, sync_folder, wrong_files,
                                         write_manifest, write_synced)
 from megavg.checkpoint.parts import Part
@@ -33,6 +34,8 @@ from megavg.checkpoint.sharded import read_parts, write_parts
 from megavg.parallel.context import ParallelContext
 
 STATE, TRAINER, RNG, MODEL, CONFIG = "state", "trainer.json", "rng", "model", "config.yaml"
+PARTIAL, REPLACED, REMOVED = ".tmp", ".replaced", ".removed"
+"""Ends of the names of folders that are no checkpoints: half written, giving way to another, on their way out."""
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +125,7 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot, parts: Sequence[Part], rng: dict) -> None:
         final = self.folder / f"step-{snapshot.step:06d}"
-        partial = final.with_name(final.name + ".tmp")
+        partial = final.with_name(final.name + PARTIAL)
         try:
             self._on_first(lambda: self._prepare(partial, snapshot))
             write_parts(partial / STATE, parts, self._group, self._tick)
@@ -143,6 +146,7 @@ class Checkpoints:
 
     def _prepare(self, partial: Path, snapshot: Snapshot) -> None:
         self._clear_left_overs()
+        swap.remove(partial)
         (partial / RNG).mkdir(parents=True)
         (partial / MODEL).mkdir()
         copy_side_files(snapshot.model_files, partial / MODEL)
@@ -150,14 +154,17 @@ class Checkpoints:
             sync_file(path)
 
     def _clear_left_overs(self) -> None:
-        """Remove what a run that was killed left half written, half removed, or replaced."""
-        for old in self.folder.glob("step-*.old"):  # of one that was being replaced
-            if old.with_suffix("").exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(old.with_suffix(""))
-        for left in self.folder.glob("step-*.tmp"):
-            shutil.rmtree(left)
+        """Remove what a run that was killed left half written, half removed, or replaced; others' names are let be."""
+        for left in sorted(self.folder.glob("step-*")):
+            if not re.fullmatch(rf"step-\d{{6,}}({PARTIAL}|{REPLACED}|{REMOVED})", left.name):
+                continue
+            try:
+                if left.suffix == REPLACED and not left.with_suffix("").exists():
+                    left.rename(left.with_suffix(""))
+                else:
+                    swap.remove(left)
+            except OSError as error:  # it is in nobody's way
+                logger.warning("%s could not be removed: %s", left, error)
 
     def _own_facts(self, partial: Path, rng: dict) -> dict:
         path = partial / RNG / f"rank-{self._rank:05d}.json"
@@ -173,8 +180,7 @@ class Checkpoints:
         write_manifest(partial, files, {"step": snapshot.step, **snapshot.about})
         for folder in (partial / STATE, partial / RNG, partial / MODEL, partial):
             sync_folder(folder)
-        replace_directory(partial, final)
-        sync_folder(self.folder)
+        swap.replace(partial, final, final.with_name(final.name + REPLACED))
 
     def _remove_old(self, step: int) -> None:
         """Keep what is to be kept of the checkpoints up to ``step``.
@@ -185,14 +191,21 @@ class Checkpoints:
         there = checkpoints(self.folder)
         for later in (path for path in there if step_of(path) > step):
             aside = later.with_name(later.name + ".passed")
-            shutil.rmtree(aside, ignore_errors=True)
+            swap.remove(aside)
             later.rename(aside)
         for old in [path for path in there if step_of(path) <= step][:-self._keep_last]:
             if not self._keep_every or step_of(old) % self._keep_every:
                 # first no checkpoint any more, then gone: a kill in between leaves none that only looks whole
-                gone = old.with_name(old.name + ".tmp")
+                gone = old.with_name(old.name + REMOVED)
                 old.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                swap.remove(gone)
+
+    def listed(self) -> list[Path]:
+        """The checkpoints that were finished, oldest first, as rank 0 sees them; left-overs are cleared away before."""
+        self._on_first(self._clear_left_overs)
+        # file systems that machines share may show each of them another list
+        names = self._together(lambda: [path.name for path in checkpoints(self.folder)])[0]
+        return [self.folder / name for name in names]
 
     def newest_whole(self, tell: Callable[[str], None]) -> Path | None:
         """The newest checkpoint whose files all are as they were written; None where there has been none yet.
@@ -200,10 +213,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
         """
-        self._on_first(self._clear_left_overs)
-        # file systems that machines share may show each of them another list
-        names = self._together(lambda: [path.name for path in checkpoints(self.folder)])[0]
-        there, problem = [self.folder / name for name in names], None
+        there, problem = self.listed(), None
         for path in reversed(there):
             try:
                 self.check(path)

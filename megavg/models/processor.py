@@ -156,7 +156,7 @@ class Processor:
         return self._tokenize(text) + [self.end_token_ids[0]]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of an answer up to its first end token, with box and reference tokens, behind the prompt's ``opening``."""
+        """Text of an answer up to its first end token, box and reference tokens included, behind ``opening``."""
         answer: list[int] = []
         for token in ids:
             if int(token) in self.end_token_ids:

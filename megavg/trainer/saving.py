@@ -8,7 +8,7 @@ from typing import Callable
 import yaml
 
 from megavg.checkpoint.manifest import read_manifest
-from megavg.checkpoint.train_state import Checkpoints, Snapshot, checkpoints, read_trainer_state
+from megavg.checkpoint.train_state import Checkpoints, Snapshot, read_trainer_state
 from megavg.parallel.context import ParallelContext
 from megavg.trainer.config import RunConfig
 from megavg.trainer.policy import Policy
@@ -86,7 +86,7 @@ class RunState:
         resume = self.config.trainer.resume
         if resume in (True, "auto"):
             return self._store.newest_whole(self._tell)
-        path, mine = Path(resume), checkpoints(self.folder)
+        path, mine = Path(resume), self._store.listed()
         if not path.is_dir():
             raise ValueError(f"trainer.resume={resume} is no folder; give auto, or a folder such as "
                              f"{self.folder / 'step-000100'}")

@@ -26,7 +26,7 @@ from megavg.parallel.watchdog import Watchdog
 from megavg.protocols.batch import EncodedPrompt, PolicySignal, RolloutBatch, TokenScores
 from megavg.rewards.base import load_rewards
 from megavg.trainer.answer_table import answer_table, shown_answers
-from megavg.trainer.bad_data import BadData
+from megavg.trainer.bad_data import BadData, told_to_all
 from megavg.trainer.collect import Collector, make_source
 from megavg.trainer.config import RunConfig, algorithm_class, save_resolved
 from megavg.trainer.diagnostics import diagnose, kind_metrics
@@ -298,14 +298,14 @@ class Trainer:
     def _prepare_folder(self) -> None:
         """Make or empty the folder, on the first process, once everything that can be refused has been loaded."""
         dist.barrier()  # all have looked into the folder before one of them writes
-        if self.context.rank == 0:
-            if self._folder_is_used and self.settings.overwrite:
-                remove_run(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / MARKER).unlink(missing_ok=True)
-            save_resolved(self.config, self.folder / "config.yaml")
-            write_prompts(self.prompts, self.folder / "prompts.yaml")
-        dist.barrier()
+        with told_to_all(self.context):
+            if self.context.rank == 0:
+                if self._folder_is_used and self.settings.overwrite:
+                    remove_run(self.folder)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / MARKER).unlink(missing_ok=True)
+                save_resolved(self.config, self.folder / "config.yaml")
+                write_prompts(self.prompts, self.folder / "prompts.yaml")
 
     @property
     def _temperature(self) -> float:

@@ -196,8 +196,9 @@ def test_index_that_names_the_wrong_file(copied, tmp_path):
     assert index["weight_map"][name] != last
     index["weight_map"][name] = last
     (tmp_path / "out" / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=f"{last} does not hold tensor {name}"):
-        HFCheckpoint(tmp_path / "out").read(name)
+    for ask in (HFCheckpoint.read, HFCheckpoint.facts):
+        with pytest.raises(ValueError, match=f"{last} does not hold tensor {name}"):
+            ask(HFCheckpoint(tmp_path / "out"), name)
 
 
 def test_missing_tensor(copied):

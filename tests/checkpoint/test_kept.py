@@ -11,6 +11,7 @@ import torch
 
 from megavg.checkpoint.parts import whole
 from megavg.checkpoint.train_state import Checkpoints, Snapshot, checkpoints
+from tests.distributed import run_ranks
 
 
 @pytest.fixture
@@ -61,5 +62,71 @@ def test_a_kill_between_two_renames_loses_nothing(store):
     """The old folder was out of the way and the new one not yet in its place."""
     made = store()
     save(made, 100)
-    (made.folder / "step-000100").rename(made.folder / "step-000100.old")
+    (made.folder / "step-000100").rename(made.folder / "step-000100.replaced")
     assert made.newest_whole(print).name == "step-000100"
+
+
+def test_what_is_a_link_or_somebody_else_s_is_let_be(store, tmp_path):
+    """A checkpoint that was moved to another disk and linked to, and copies beside those of the run."""
+    made = store(keep_last=1)
+    save(made, 100)
+    (made.folder / "step-000100").rename(tmp_path / "archive")
+    (made.folder / "step-000100").symlink_to(tmp_path / "archive")
+    others = ["step-000100.old", "step-best.tmp", "step-000050.bak"]
+    for name in others:
+        shutil.copytree(tmp_path / "archive", made.folder / name)
+    (made.folder / "step-000200.tmp").write_text("no folder")
+    save(made, 200, 300)
+    assert made.newest_whole(print).name == "step-000300"
+    assert sorted(path.name for path in made.folder.iterdir()) == sorted([*others, "step-000300"])
+    assert (tmp_path / "archive" / "manifest.json").exists()
+
+
+def listed_on(folder: str) -> list[str]:
+    """What a rank takes for the checkpoints; to rank 1 the file system shows none."""
+    from megavg.checkpoint import train_state
+    from megavg.parallel.mcore import make_context
+
+    context = make_context(1, 1, torch.device("cpu"))
+    made = Checkpoints(Path(folder) / "checkpoints", context)
+    made.save(Snapshot(7, {}, {}, "", Path(folder) / "model"), [])
+    if context.rank:
+        train_state.checkpoints = lambda folder: []
+    return [path.name for path in made.listed()] + [made.newest_whole(print).name]
+
+
+def test_all_ranks_go_by_what_the_first_one_sees(tmp_path):
+    (tmp_path / "model").mkdir()
+    assert run_ranks(2, listed_on, str(tmp_path)) == [["step-000007", "step-000007"]] * 2
+
+
+def draw_again(folder: str) -> tuple[list, list]:
+    """Numbers that a rank draws after a save, and after going back to it."""
+    import random
+
+    import numpy as np
+
+    from megavg.parallel.mcore import make_context
+
+    def drawn() -> list:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def seed(number: int) -> None:
+        for each in (random.seed, np.random.seed, torch.manual_seed):
+            each(number)
+
+    context = make_context(1, 1, torch.device("cpu"))
+    made = Checkpoints(Path(folder) / "checkpoints", context)
+    seed(context.rank)
+    drawn()
+    made.save(Snapshot(1, {}, {}, "", Path(folder) / "model"), [])
+    first = drawn()
+    seed(99)
+    made.restore_rng(made.newest_whole(print))
+    return first, drawn()
+
+
+def test_every_rank_goes_on_with_its_own_generators(tmp_path):
+    (tmp_path / "model").mkdir()
+    found = run_ranks(2, draw_again, str(tmp_path))
+    assert all(first == again for first, again in found) and found[0] != found[1]

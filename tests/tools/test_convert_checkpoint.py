@@ -94,6 +94,43 @@ def test_there_and_back_gives_the_same_bytes(sources, there_and_back, family):
             assert (folder / "hf" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_source_that_is_called_like_a_scratch_folder_stays(sources, tmp_path):
+    jobs = []
+    for end in (".tmp", ".old", ".failed"):
+        source = shutil.copytree(sources["qwen3_vl"], tmp_path / f"made{end}")
+        jobs.append((source, tmp_path / "made", "--no-verify", "--overwrite"))
+    ours, theirs, failed = run_ranks(1, call_all, jobs)[0]
+    assert (ours[0], theirs[0]) == (0, 0), (ours, theirs)
+    assert failed[0] == 2 and "OUT.failed" in failed[2] and "is or holds SOURCE" in failed[2]
+    assert all((source / SINGLE).exists() for source, *_ in jobs)
+
+
+def test_a_link_is_followed_and_stays(sources, there_and_back, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    saved = there_and_back[0] / "qwen3_vl" / "saved"
+    jobs = [(saved, tmp_path / "out", "--no-verify"), (saved, tmp_path / "out", "--no-verify", "--overwrite")]
+    assert [answer[0] for answer in run_ranks(1, call_all, jobs)[0]] == [0, 0]
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / SINGLE).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_the_memory_of_every_control_group_counts(tmp_path):
+    def group(path: str, **files: int) -> None:
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            (tmp_path / path / name.replace("_max", ".max").replace("_current", ".current").replace(
+                "memory_limit", "memory.limit").replace("memory_usage", "memory.usage")).write_text(f"{value}\n")
+
+    group("job/step", memory_max=900, memory_current=100)
+    group("job", memory_max=500, memory_current=150)  # Slurm's limit of the job
+    assert convert_proof._left_by_groups("0::/job/step\n", tmp_path) == [800, 350]
+    group("memory/docker", memory_limit_in_bytes=300, memory_usage_in_bytes=40)
+    told = "3:cpu,cpuacct:/docker\n2:memory:/docker\n0::/\n"
+    assert convert_proof._left_by_groups(told, tmp_path) == [260]
+    assert convert_proof._left_by_groups("0::/nowhere\n", tmp_path) == [] and convert_proof.available_bytes() > 0
+
+
 def test_transformers_and_megavg_agree(there_and_back):
     folder, answers = there_and_back
     assert [(status, errors) for status, _, errors in answers] == [(0, "")] * 6
@@ -153,6 +190,7 @@ def exported(trained):
     """What the tool said when it converted each of those runs to RUN/converted."""
     jobs = [(trained / name, trained / name / "converted", "--max-shard-size", "1MB") for name in TRAINED]
     jobs.append((trained / "from_hf", trained / "half", "--dtype", "float16"))
+    jobs += [(trained / "from_hf", trained / "copy", "--to", "megavg"), (trained / "copy", trained / "copy-hf")]
     return dict(zip([*TRAINED, "half"], run_ranks(1, call_all, jobs)[0]))
 
 
@@ -175,6 +213,14 @@ def test_a_trained_checkpoint_becomes_what_the_trainer_exports(starts, trained, 
     assert json.loads((trained / name / "converted" / "config.json").read_text())["dtype"] == dtype
     found, largest = difference(output)
     assert found <= 1e-4 * max(1.0, largest)
+
+
+def test_the_way_through_a_megavg_folder_gives_what_the_run_exports(trained, exported):
+    """The folder holds fp32 master copies, and remembers that the run computed in bfloat16."""
+    assert read_manifest(trained / "copy")["computed_in"] == "bfloat16"
+    assert {dtype for _, dtype in ShardedFolder(trained / "copy" / "state").tensors.values()} == {torch.float32}
+    assert_equal(weights_of(trained / "copy-hf"), weights_of(trained / "from_hf" / "hf"))
+    assert json.loads((trained / "copy-hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_another_dtype_is_rounded_from_the_master_copies(trained, exported):
@@ -329,7 +375,7 @@ def mistakes(folder: Path, source: Path, saved: Path) -> dict[str, tuple[tuple, 
         "large": ((copied("large", with_weights(lambda t: t[norm].fill_(1e5))), "--dtype", "float16"),
                   f"{norm} holds numbers up to 1e.05, which do not fit into float16"),
         "torn": ((torn,), "__0_0.distcp is damaged: its checksum is not that of the manifest.json .1 files in all"),
-        "there": ((source, folder / "there"), "OUT .*there exists; name another folder, or give --overwrite"),
+        "there": ((source, folder / "there"), "OUT .*there exists; name another folder as OUT, or give --overwrite"),
         "not ours": ((source, folder / "notes", "--overwrite"), "notes is no checkpoint, so --overwrite does not"),
         "itself": ((source, source, "--overwrite"), "is or holds SOURCE"),
         "around": ((source, source.parent, "--overwrite"), "is or holds SOURCE"),
@@ -382,16 +428,19 @@ def test_a_disk_with_too_little_room_is_told_before_anything_is_written(sources,
 
 
 def test_processes_write_the_same_files(there_and_back, tmp_path):
-    """With an old result in the way and a half-made one."""
+    """With an old result in the way, a half-made one, and folders of others that are called alike."""
     saved, one = there_and_back[0] / "qwen3_vl" / "saved", there_and_back[0] / "qwen3_vl" / "hf"
     out = tmp_path / "out"
     shutil.copytree(saved, out)
-    (tmp_path / "out.tmp").mkdir()
+    others = [f"out{end}" for end in (".tmp", ".old", ".new")]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.megavg-new" / "state").mkdir(parents=True)
     status, output, errors = call(saved, out, "--workers", "2", "--max-shard-size", "400KB", "--no-verify",
                                   "--overwrite")
     assert status == 0, errors
     assert output.startswith(f"{out}: Hugging Face directory, ") and output.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", *others])
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in one.iterdir())
     for path in one.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
