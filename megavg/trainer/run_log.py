@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Mapping
@@ -14,17 +13,7 @@ from megavg.trainer.board import Board
 from megavg.trainer.console import Console, clock
 from megavg.trainer.reason_table import ReasonTable
 
-# everything a run puts into its folder; replacing a run removes these and nothing else
-WRITTEN = ("config.yaml", "prompts.yaml", "deepspeed_config.json", "run.json", "metrics.jsonl", "tensorboard",
-           "pictures", "heat_maps", "evaluation", "checkpoints", "hf", "hang", "stopped.json")
 _TO_LOOK_AT = ("metrics.jsonl", "pictures", "heat_maps", "evaluation", "checkpoints", "hf")
-
-
-def remove_run(folder: Path) -> None:
-    """Remove what a run wrote into ``folder``, and leave what else lies there."""
-    for name in WRITTEN:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class RunLog:
@@ -133,7 +122,9 @@ class RunLog:
             return None
         path = self.folder / "pictures" / f"{name.replace('/', '_')}-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        partial = path.with_name(path.name + ".tmp")
+        image.save(partial, "PNG")
+        os.replace(partial, path)
         if self._board is not None:
             self._board.picture(step, name, image)
         return path
@@ -145,7 +136,7 @@ class RunLog:
                 self._board.histogram(step, name, numbers)
 
     def page(self, step: int, name: str, html: str) -> Path | None:
-        """Keep an HTML page in the folder ``name``, which is one of ``WRITTEN``; written beside and renamed."""
+        """Keep an HTML page in the folder ``name``, which belongs to a run; written beside and renamed."""
         if not self.is_writer:
             return None
         path = self.folder / name / f"step-{step:06d}.html"

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from megavg.data.prompts import Prompts
-from megavg.data.shards import expand_shards
 from megavg.evaluation.draw import panel
 from megavg.evaluation.figures import headline, summary
 from megavg.evaluation.worst import answer_tile
@@ -28,14 +27,15 @@ from megavg.rewards.base import load_rewards
 from megavg.trainer.answer_table import answer_table, shown_answers
 from megavg.trainer.bad_data import BadData, told_to_all
 from megavg.trainer.collect import Collector, make_source
-from megavg.trainer.config import RunConfig, algorithm_class, save_resolved
+from megavg.trainer.config import RunConfig, algorithm_class
 from megavg.trainer.diagnostics import diagnose, kind_metrics
 from megavg.trainer.evaluator import Evaluator
 from megavg.trainer.metrics import PhaseClock, batch_metrics, judgement_metrics, rollout_metrics
 from megavg.trainer.policy import Policy
 from megavg.trainer.prompt_log import PromptLog, write_prompts
 from megavg.trainer.rollouts import Judgement, Rollouts, to_batch
-from megavg.trainer.run_log import WRITTEN, RunLog, remove_run, write_json
+from megavg.trainer.run_folder import RunFolder
+from megavg.trainer.run_log import RunLog, write_json
 from megavg.trainer.saving import RunState
 from megavg.trainer.start_checks import check_start
 from megavg.trainer.step import MicroBatcher, make_signal, micro_batch_loss
@@ -52,11 +52,12 @@ class Trainer:
         device = start_processes(parallel.timeout_minutes)
         self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device,
                                     parallel.timeout_minutes)
-        self.folder = Path(self.settings.output_dir)
+        self.run_folder = RunFolder(config)
+        self.folder = self.run_folder.path
         self.watchdog = Watchdog(self.folder / "hang", parallel.watched_seconds).start()
         self.algorithm = algorithm_class(config.algorithm_name)(config.algorithm)
         self.rewards = load_rewards(config.rewards)
-        self._check_folder()
+        self.run_folder.check()
         if config.data.prompts_per_step % self.context.dp_size:
             raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} is not divisible by the "
                              f"data-parallel size {self.context.dp_size} of {self.context.layout}; change "
@@ -99,11 +100,11 @@ class Trainer:
             self._announce()
             with StopSignal(self.context) as stop:
                 signal = self._train(stop)
-            self.watchdog.beat(self.settings.num_steps, "end")
-            self.state.wait()
-            if self.settings.export_hf and not signal:
-                self.policy.export_hf(self.folder / "hf")
-                self.log.say(f"the trained model is in {self.folder / 'hf'}")
+                self.watchdog.beat(self.settings.num_steps, "end")
+                self.state.wait()
+                if self.settings.export_hf and not signal:  # a signal that comes now finds a run that is ending
+                    self.policy.export_hf(self.folder / "hf")
+                    self.log.say(f"the trained model is in {self.folder / 'hf'}")
             self.source.close()
             if not signal:
                 self.log.finish()
@@ -274,37 +275,20 @@ class Trainer:
         goals = self.config.evaluation.stop_at
         return bool(goals) and all((accuracy.get(name) or 0.0) >= goal for name, goal in goals.items())
 
-    def _check_folder(self) -> None:
-        """Refuse to mix two runs in one folder, or to replace one that this run starts from."""
-        if self._folder_is_used and not (self.settings.resume or self.settings.overwrite):
-            raise ValueError(f"{self.folder} already holds a run; set trainer.resume=true to go on with it, "
-                             "trainer.overwrite=true to replace it, or choose another trainer.output_dir")
-        shards = [self.config.data.all_shards(), *self.config.evaluation.sets.values()]
-        for path in (self.config.model.path, *(path for paths in shards for path in expand_shards(paths))):
-            written = {self.folder.resolve() / name for name in WRITTEN}
-            if self.settings.overwrite and written & {Path(path).resolve(), *Path(path).resolve().parents}:
-                raise ValueError(f"trainer.overwrite=true would remove {path}, which this run reads; choose another "
-                                 "trainer.output_dir")
-
     def _tell(self, text: str) -> None:
         """One line to the console, before there is a log."""
         if self.context.is_writer:
             print(f"[megavg] {text}", flush=True)
 
-    @property
-    def _folder_is_used(self) -> bool:
-        return any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-
     def _prepare_folder(self) -> None:
         """Make or empty the folder, on the first process, once everything that can be refused has been loaded."""
+        if not self.start_step:
+            with told_to_all(self.context):
+                self.run_folder.check_anew(self._tell)
         dist.barrier()  # all have looked into the folder before one of them writes
         with told_to_all(self.context):
             if self.context.rank == 0:
-                if self._folder_is_used and self.settings.overwrite:
-                    remove_run(self.folder)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / MARKER).unlink(missing_ok=True)
-                save_resolved(self.config, self.folder / "config.yaml")
+                self.run_folder.prepare(self.start_step)
                 write_prompts(self.prompts, self.folder / "prompts.yaml")
 
     @property
@@ -328,6 +312,9 @@ class Trainer:
                      f"{rms_norm_name(self.context.device.type)}; {self._stages()}")
         if self.start_step:
             self.log.say(f"resumed after step {self.start_step}")
+        if self.settings.resume and not self.settings.save_every:
+            self.log.say("trainer.save_every=0: only SIGTERM and SIGUSR1 save; after a crash, a hang or the loss of a "
+                         "machine the run starts anew")
         if self.frame_report is not None:
             self.log.say(self.frame_report.message())
         self.log.configuration(self.config.tree())

@@ -17,7 +17,8 @@ from megavg.protocols.sample import Sample
 from megavg.rewards.base import load_rewards
 from megavg.trainer.diagnostics import diagnose, histograms, kind_metrics, token_page
 from megavg.trainer.rollouts import Rollouts, encode, judge
-from megavg.trainer.run_log import WRITTEN, RunLog, remove_run
+from megavg.trainer.run_folder import WRITTEN, remove_run
+from megavg.trainer.run_log import RunLog
 from megavg.trainer.token_kinds import TokenKinds, kinds
 from tests.rollout_batches import on_ranks
 
