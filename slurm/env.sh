@@ -9,7 +9,7 @@
 : "${MEGAVG_MPI:=pmix}"
 # how often one job may start again, after its time limit, a pre-emption or a crash
 : "${MAX_RESTARTS:=20}"
-# ... and how many hangs or crashes in a row it outlives in which the run keeps nothing new, no checkpoint and no answer
+# ... and after how many hangs or crashes in a row, in which the run kept no new checkpoint or answer, it does not
 : "${MAX_FUTILE_STARTS:=3}"
 # 1 starts a crashed run again too, from its last checkpoint; a wrong option or wrong data never
 : "${RESTART_AFTER_CRASH:=0}"
@@ -22,6 +22,9 @@ if [ -n "$MEGAVG_MODULES" ]; then
     set -u
 fi
 [ ! -d "$MEGAVG_VENV/bin" ] || export PATH="$MEGAVG_VENV/bin:$PATH"
+
+# what is exported here reaches the ranks, also where the job was submitted with sbatch --export=NONE or =NAME
+export SLURM_EXPORT_ENV=ALL
 
 export PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"

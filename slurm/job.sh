@@ -15,6 +15,12 @@ usage() {  # SCRIPT: print its comment
     sed -n '/^# /,/^[^#]/s/^# \{0,1\}//p' "$1"
 }
 
+need() {  # SCRIPT COUNT ARGUMENTS...: print how it is used where arguments are missing
+    [ "$(($# - 2))" -ge "$2" ] || { usage "$1"; exit "$MENDABLE"; }
+}
+
+restarted() { [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; }
+
 dry_run() {  # SCRIPT COMMAND...: say what would run, and end
     local script=$1
     shift
@@ -60,15 +66,15 @@ SRUN=(srun --kill-on-bad-exit=1 --wait=120)
 
 run_ranks() {  # KEPT COMMAND...: run it as every rank; start again what was asked to leave, or exit with how it ended
     # KEPT is a pattern of the files that show how far the run has come: checkpoints, or answers
-    local kept=$1
+    local kept=$1 before status first when rank node
     shift
-    local status first when rank node
     in_a_job
     export RANK_NOTES="$PWD/.ranks-$SLURM_JOB_ID"
     rm -rf "$RANK_NOTES"
     mkdir "$RANK_NOTES" || fail "cannot write to $PWD; submit from a folder that all nodes share"
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, rank 0 at $MASTER_ADDR:$MASTER_PORT," \
         "start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T')"
+    before=$(listing "$kept")
     trap : USR1 TERM  # the ranks have it too; this shell waits for them
     "${SRUN[@]}" "$MEGAVG_HOME/slurm/rank.sh" "$@"
     status=$?
@@ -78,31 +84,34 @@ run_ranks() {  # KEPT COMMAND...: run it as every rank; start again what was ask
     case "$LEFT" in *" $status "*) [ -z "$first" ] || { rm -rf "$RANK_NOTES"; start_again "asked to leave"; } ;; esac
     [ "$status" = 0 ] || tell_failure "$status" "${rank:-}" "${node:-}"
     rm -rf "$RANK_NOTES"
-    [ "$status" != "$HUNG" ] || start_after_failure "$status" "hung" "$kept"
+    [ "$status" != "$HUNG" ] || start_after_failure "$status" "hung" "$kept" "$before"
     if [ "$status" != 0 ] && [ "$status" != "$MENDABLE" ] && [ "$RESTART_AFTER_CRASH" = 1 ]; then
-        start_after_failure "$status" "crashed with status $status" "$kept"
+        start_after_failure "$status" "crashed with status $status" "$kept" "$before"
     fi
     rm -f "$(futile_starts)"
     [ "$status" != 0 ] || say "finished, $(date '+%F %T')"
     exit "$status"
 }
 
-futile_starts() { printf '%s' "$PWD/.futile-$SLURM_JOB_ID"; }  # a file: how many starts in a row, and what was kept then
+listing() { compgen -G "$1" | xargs -r -d '\n' stat -c '%n %s'; }  # PATTERN: names and sizes of the files that it fits
 
-start_after_failure() {  # STATUS WHY KEPT: start again, unless that got the run no further several times in a row
-    local file count=0 before= now
+futile_starts() { printf '%s' "$PWD/.futile-$SLURM_JOB_ID"; }  # a file: how many starts in a row have kept nothing new
+
+start_after_failure() {  # STATUS WHY KEPT BEFORE: start again, unless several starts in a row have kept nothing new
+    local file count=0
     file=$(futile_starts)
-    now=$(compgen -G "$3" | xargs -r -d '\n' stat -c '%n %s' | cksum)
-    [ ! -f "$file" ] || { read -r count && read -r before; } < "$file"
-    if [ "$now" = "$before" ]; then count=$((count + 1)); else count=1; fi
+    if [ "$(listing "$3")" = "$4" ]; then
+        [ ! -f "$file" ] || read -r count < "$file"
+        count=$((count + 1))
+    fi
     if [ "$count" -ge "$MAX_FUTILE_STARTS" ]; then
         rm -f "$file"
         say "$2, $count times in a row without anything new under $3, so it is not started again" \
             "(MAX_FUTILE_STARTS=$MAX_FUTILE_STARTS); submit the same command to try once more"
         exit "$1"
     fi
-    printf '%s\n' "$count" "$now" > "$file.tmp" && mv "$file.tmp" "$file"
-    start_again "$2"
+    echo "$count" > "$file.tmp" && mv "$file.tmp" "$file"
+    start_again "$2" "$1"
 }
 
 tell_failure() {  # STATUS RANK NODE: the rank that failed first and its last words, below those of all the others
@@ -125,9 +134,10 @@ tell_failure() {  # STATUS RANK NODE: the rank that failed first and its last wo
     } >&2
 }
 
-start_again() {  # WHY: put this job into the queue again, or exit with status 75
+start_again() {  # WHY [STATUS]: put this job into the queue again, or exit with the status, 75 if none is given
     # of an array's tasks, one has the array's own number, which would mean all of them
-    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} restarts=${SLURM_RESTART_COUNT:-0} state
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} restarts=${SLURM_RESTART_COUNT:-0}
+    local state refusal
     job=${job:-$SLURM_JOB_ID}
     state=$(scontrol show job -o "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
     if [ "$state" != RUNNING ]; then  # it was cancelled, or Slurm itself puts it back
@@ -136,7 +146,12 @@ start_again() {  # WHY: put this job into the queue again, or exit with status 7
         say "$1 after $restarts restarts, and MAX_RESTARTS=$MAX_RESTARTS; submit the same command to go on"
     else
         say "$1; back into the queue for restart $((restarts + 1)) of $MAX_RESTARTS, $(date '+%F %T')"
-        scontrol requeue "$job" && sleep 60  # Slurm ends this script
+        if refusal=$(scontrol requeue "$job" 2>&1); then
+            sleep 60  # Slurm ends this script
+            exit "$STOPPED"
+        fi
+        say "it cannot be put back ($refusal); submit the same command to go on, with sbatch --requeue"
     fi
-    exit "$STOPPED"
+    rm -f "$(futile_starts)"
+    exit "${2:-$STOPPED}"
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 
 import pytest
@@ -110,12 +111,28 @@ def test_a_hang_starts_again_by_itself(cluster, tmp_path):
     assert not list(tmp_path.glob(".futile-*"))
 
 
+def test_a_job_that_may_not_be_requeued_says_what_to_do(cluster, tmp_path):
+    state, status, log = cluster.finish(cluster.submit(
+        tmp_path, "--nodes=1", "--ntasks-per-node=1", "--no-requeue", TOY, "hung"), 60)
+    assert (state, status) == ("FAILED", 76)
+    assert re.fullmatch(r"\[slurm\] it cannot be put back \(.*\); submit the same command to go on, with sbatch "
+                        r"--requeue", log.splitlines()[-1]), log
+    assert not list(tmp_path.glob(".futile-*"))
+
+
+@pytest.mark.parametrize("export", ["NONE", f"MEGAVG_VENV={sys.prefix}"])
+def test_ranks_have_what_the_job_sets_whatever_the_shell_exports(cluster, tmp_path, export):
+    state, status, log = cluster.finish(cluster.submit(
+        tmp_path, "--nodes=2", "--ntasks-per-node=1", f"--export={export}", TOY, "done"), 60)
+    assert (state, status) == ("COMPLETED", 0) and log.count("MASTER_ADDR=127.0.0.1") == 2, log
+
+
 def test_hangs_that_get_the_run_no_further_have_an_end(cluster, tmp_path):
     job = cluster.submit(tmp_path, "--nodes=1", "--ntasks-per-node=1", TOY, "stuck", MAX_FUTILE_STARTS="2")
-    for restarts in (1, 2):  # what the first two starts keep counts as progress
+    for restarts in (1, 2, 3):  # what the first two starts keep counts as progress
         cluster.start_again(job, restarts)
     state, status, log = cluster.finish(job, 60)
-    assert (state, status) == ("FAILED", 76) and cluster.about(job)["Restarts"] == "2", log
+    assert (state, status) == ("FAILED", 76) and cluster.about(job)["Restarts"] == "3", log
     assert log.splitlines()[-1] == ("[slurm] hung, 2 times in a row without anything new under kept-*, so it is not "
                                     "started again (MAX_FUTILE_STARTS=2); submit the same command to try once more")
     assert not list(tmp_path.glob(".futile-*"))

@@ -51,6 +51,22 @@ def test_a_dry_run_of_the_other_scripts(tmp_path):
     assert line.startswith("srun --mpi=pmi2 ") and line.endswith("make_shards.py --format scenes --count 4 --out x")
 
 
+def test_a_restart_goes_on_with_what_the_first_start_was_to_replace():
+    shards = ("make_shards.sbatch", "--format", "scenes", "--overwrite", "--count", "4", "--out", "x y")
+    assert last_line(*shards).endswith("--format scenes --overwrite --count 4 --out x\\ y")
+    assert last_line(*shards, SLURM_RESTART_COUNT="1").endswith("make_shards.py --format scenes --count 4 --out x\\ y")
+    asked = ("evaluate.sbatch", "examples/evaluate_refcoco.yaml", "evaluation.overwrite=true")
+    assert last_line(*asked).endswith("evaluation.overwrite=true")
+    assert last_line(*asked, SLURM_RESTART_COUNT="2").endswith("evaluation.overwrite=false")
+
+
+@pytest.mark.parametrize("script, arguments", [
+    ("train.sbatch", []), ("evaluate.sbatch", []), ("convert.sbatch", ["a"]), ("make_shards.sbatch", [])])
+def test_a_dry_run_without_arguments_says_what_is_missing(script, arguments):
+    done = run(script, "--dry-run", *arguments)
+    assert done.returncode == 2 and f"slurm/{script}" in done.stdout and done.stderr == ""
+
+
 def test_a_seed_of_an_array_has_its_own_folder():
     line = last_line("train.sbatch", "examples/demo.yaml", "trainer.output_dir=runs/mine", SLURM_ARRAY_TASK_ID="3")
     assert line.endswith("trainer.output_dir=runs/mine trainer.seed=3 trainer.output_dir=runs/mine/seed-3")
