@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Sequence
 
 from tools.report_run import Run
@@ -84,10 +85,13 @@ def rooms(runs: Sequence[Run], smooth: int, headlines: dict[str, str]) -> tuple[
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of each value and the ``window - 1`` before it, over those that are finite; NaN where none is."""
-    means = []
-    for i in range(len(values)):
-        finite = [value for value in values[max(0, i + 1 - window):i + 1] if math.isfinite(value)]
-        means.append(math.fsum(finite) / len(finite) if finite else math.nan)
+    exact = [Fraction(value) if math.isfinite(value) else None for value in values]  # a running sum must not drift
+    means, total, count = [], Fraction(0), 0
+    for i, value in enumerate(exact):
+        gone = exact[i - window] if i >= window else None
+        total += (value or 0) - (gone or 0)
+        count += (value is not None) - (gone is not None)
+        means.append(float(total / count) if count else math.nan)
     return means
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 SIGNS_OF_A_RUN = ("metrics.jsonl", "run.json")
 _EVALUATION = re.compile(r"(.+)-(\d{6,})\.json")
+_LARGEST = 1e100
 _QUIET_SECONDS = 600  # a run that wrote nothing for so long is not called running
 
 
@@ -141,7 +142,8 @@ def _read_metrics(run: Run) -> None:
             if name == "reasons" and isinstance(value, dict):
                 run.reasons[step] = {str(key): count for key, count in value.items() if isinstance(count, int)}
             elif name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.setdefault(name, {})[step] = float(value)
+                # what no axis can hold is drawn as infinite values are: not at all
+                found.setdefault(name, {})[step] = float(value) if abs(value) < _LARGEST else math.inf
     run.series = {name: dict(sorted(steps.items())) for name, steps in found.items()}
     if torn:
         where = "the last line" if torn == [len(lines)] else f"line {', '.join(map(str, torn[:5]))}"

@@ -8,10 +8,11 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Iterable
 
 import megavg
 from megavg.checkpoint.errors import CheckpointError
+from megavg.protocols.life import goes_on
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -19,18 +20,15 @@ _READ_BYTES = 1 << 20
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers")
 
 
-def facts_of(folder: Path, files: Iterable[Path], tick: Callable[[], None] = lambda: None) -> dict[str, dict[str, Any]]:
-    """Path relative to ``folder`` -> {bytes, sha256} of each file, read from where it was written.
-
-    ``tick`` is called now and then.
-    """
+def facts_of(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Path relative to ``folder`` -> {bytes, sha256} of each file, read from where it was written."""
     facts, buffer = {}, memoryview(bytearray(_READ_BYTES))  # one for all: what read() gives, two at a time would stay
     for path in files:
         digest = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
-                tick()
+                goes_on()
         facts[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return facts
 

@@ -10,7 +10,7 @@ import pickle
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,8 @@ from megavg.checkpoint.parts import Part
 from megavg.checkpoint.storage import Reader, Writer
 
 
-def write_parts(folder: Path, parts: Sequence[Part], group: dist.ProcessGroup | None = None,
-                tick: Callable[[], None] = lambda: None) -> None:
+def write_parts(folder: Path, parts: Sequence[Part], group: dist.ProcessGroup | None = None) -> None:
     """Write what this rank owns of ``parts``; all ranks of ``group`` call it together, None is this process alone.
-
-    ``tick`` is called after every box.
 
     Raises:
         CheckpointError: on every rank, when one of them could not write.
@@ -39,7 +36,7 @@ def write_parts(folder: Path, parts: Sequence[Part], group: dist.ProcessGroup | 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
         try:
-            dcp.save({}, storage_writer=Writer(folder, tick), planner=planner, process_group=group,
+            dcp.save({}, storage_writer=Writer(folder), planner=planner, process_group=group,
                      no_dist=group is None)
         except dcp.api.CheckpointException as error:  # a BaseException, with the traceback of each rank that failed
             rank, (cause, _) = next(iter(error.failures.items()))

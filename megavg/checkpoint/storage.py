@@ -11,7 +11,7 @@ import os
 import pickle
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Iterator, Sequence
 
 import torch
 from torch.distributed import checkpoint as dcp
@@ -23,17 +23,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
+from megavg.protocols.life import goes_on
+
 
 class Writer(dcp.FileSystemWriter):
-    """Lets each box go when it is written; torch's own ``write_data`` keeps them all until the file is whole.
-
-    Args:
-        tick: called after every box.
-    """
-
-    def __init__(self, folder: Path, tick: Callable[[], None] = lambda: None):
-        super().__init__(folder)
-        self._tick = tick
+    """Lets each box go when it is written; torch's own ``write_data`` keeps them all until the file is whole."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
@@ -54,7 +48,7 @@ class Writer(dcp.FileSystemWriter):
                 tensor = planner.resolve_data(item).to("cpu", item.tensor_data.properties.dtype)
                 torch.save(_alone(tensor.contiguous()), file)
                 length = file.tell() - start
-                self._tick()
+                goes_on()
                 yield WriteResult(item.index, length, _StorageInfo(name, start, length))
             file.flush()
             os.fsync(file.fileno())
@@ -104,6 +98,7 @@ def _fill(file, start: int, tensor: torch.Tensor) -> None:
         if not count:
             raise EOFError("it ends too early")
         rest = rest[count:]
+        goes_on()
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

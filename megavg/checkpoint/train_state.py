@@ -77,13 +77,11 @@ class Checkpoints:
         keep_last: the newest so many are kept ...
         keep_every: ... and those whose step is a multiple of this; 0 keeps no others.
         in_background: copy the state in memory and write it while the training goes on.
-        tick: called now and then while a checkpoint is written, from the thread that writes.
         timeout_minutes: how long a rank waits for the others, such as one that writes to a slow disk.
     """
 
     def __init__(self, folder: Path, context: ParallelContext, keep_last: int = 2, keep_every: int = 0,
-                 in_background: bool = False, tick: Callable[[], None] = lambda: None, timeout_minutes: float = 30):
-        self._tick = tick
+                 in_background: bool = False, timeout_minutes: float = 30):
         self.folder, self._rank, self._world = Path(folder), context.rank, context.world_size
         self._keep_last, self._keep_every, self._in_background = keep_last, keep_every, in_background
         # of its own, so that a background write never comes between the training's collectives
@@ -128,7 +126,7 @@ class Checkpoints:
         partial = final.with_name(final.name + PARTIAL)
         try:
             self._on_first(lambda: self._prepare(partial, snapshot))
-            write_parts(partial / STATE, parts, self._group, self._tick)
+            write_parts(partial / STATE, parts, self._group)
             facts = self._together(lambda: self._own_facts(partial, rng))
             self._on_first(lambda: self._finish(partial, final, snapshot, facts))
         except CheckpointError as error:
@@ -169,7 +167,7 @@ class Checkpoints:
     def _own_facts(self, partial: Path, rng: dict) -> dict:
         path = partial / RNG / f"rank-{self._rank:05d}.json"
         write_synced(path, json.dumps(rng) + "\n")
-        return facts_of(partial, [path, *partial.glob(f"{STATE}/__{self._rank}_*")], self._tick)
+        return facts_of(partial, [path, *partial.glob(f"{STATE}/__{self._rank}_*")])
 
     def _finish(self, partial: Path, final: Path, snapshot: Snapshot, facts: list[dict]) -> None:
         write_synced(partial / TRAINER, json.dumps({"step": snapshot.step, **snapshot.trainer}, indent=1) + "\n")

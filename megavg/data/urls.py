@@ -10,6 +10,7 @@ import re
 import subprocess
 
 from megavg.data.sample import SampleError
+from megavg.protocols.life import goes_on
 
 ATTEMPTS = 4
 RETRY_SECONDS = 1.0  # before the second attempt; it doubles with each further one
@@ -70,6 +71,7 @@ class UrlStream:
             TransportError: the program ended with a status other than 0.
         """
         data = self._file.read(size)
+        goes_on()
         if len(data) < size:
             self._check_status()
         return data

@@ -19,6 +19,7 @@ from megavg.models.layers.language_model import DecoderDims
 from megavg.models.layers.stage import QwenVLStage
 from megavg.models.stage_split import stage_layers
 from megavg.parallel.context import ParallelContext
+from megavg.protocols.life import goes_on
 from megavg.protocols.options import StageOptions
 from megavg.protocols.plugin import load_module, names_in, nearest
 
@@ -184,6 +185,7 @@ def copy_weights(stage: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) 
                 raise ValueError(f"{name}: expected shape {tuple(parameters[name].shape)}, got {tuple(tensor.shape)}; "
                                  "config.json and the weights do not belong together")
             parameters[name].copy_(tensor)
+            goes_on()
             missing.discard(name)
     if missing:
         raise ValueError(f"no weights were given for {', '.join(sorted(missing)[:3])} and {len(missing)} in all")

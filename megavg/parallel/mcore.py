@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megavg.parallel.context import ParallelContext
 from megavg.parallel.launcher import read_launcher
 from megavg.parallel.quiet import quieten
+from megavg.parallel.stale_locks import stale_locks_removed
 
 
 def check_world_size(world_size: int, tensor: int, pipeline: int) -> None:
@@ -58,8 +59,9 @@ def start_processes(timeout_minutes: float = 30.0) -> torch.device:
     if not dist.is_initialized():
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False,
-                                   timeout=datetime.timedelta(minutes=timeout_minutes))
+        with stale_locks_removed():  # on a CPU it loads an extension
+            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False,
+                                       timeout=datetime.timedelta(minutes=timeout_minutes))
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))

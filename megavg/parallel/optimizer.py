@@ -7,6 +7,7 @@ from torch import nn
 
 from megavg.parallel.apex import has_nvidia_apex
 from megavg.parallel.context import ParallelContext
+from megavg.parallel.stale_locks import stale_locks_removed
 from megavg.protocols.options import OptimizerConfig
 
 
@@ -45,10 +46,12 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig, context: Parallel
     if choice == "deepspeed" and (offload or device == "cpu"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options), "DeepSpeedCPUAdam"
+        with stale_locks_removed():
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **options), "DeepSpeedCPUAdam"
     if choice == "deepspeed":
         from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **options), "DeepSpeed FusedAdam"
+        with stale_locks_removed():
+            return FusedAdam(groups, adam_w_mode=True, **options), "DeepSpeed FusedAdam"
     fused = device == "cuda" and not offload
     return torch.optim.AdamW(groups, fused=fused, **options), f"torch AdamW{' (fused)' if fused else ''}"

@@ -10,6 +10,7 @@ import time
 import traceback
 import weakref
 from pathlib import Path
+from typing import Callable
 
 import torch.distributed as dist
 
@@ -17,6 +18,7 @@ from megavg.parallel import watchdog_rank
 from megavg.parallel.watchdog_exchange import Exchange
 from megavg.parallel.watchdog_rank import RankState
 from megavg.parallel.watchdog_report import Missing, at, diagnose
+from megavg.protocols.life import watch
 
 HANG_STATUS = 76
 """Exit status of every rank of a job that hung: not done, start it again."""
@@ -30,11 +32,12 @@ _LOST = "has lost another rank"
 class Watchdog:
     """One rank's watchdog. ``start`` it before what may hang, then use it as a context manager, on every rank.
 
-    A rank moves when it begins a phase (:meth:`beat`) or a collective, or when its main thread is at another place than
-    at the last look, some twenty times in ``timeout_s``. There is a hang when no rank has moved for ``timeout_s``
-    (twice that before the first beat): a rank that waits for a slow one is not taken for a hang. Then each rank
-    writes what it was doing with the stacks of all its threads to ``folder``/rank-00003.txt, the lowest one prints one
-    diagnosis, and every process ends with ``HANG_STATUS``.
+    A rank moves when it begins a phase (:meth:`beat`) or a collective, when it gives a sign of life
+    (``megavg.protocols.life``), or when its main thread is at another place than at the last look, some twenty times in
+    ``timeout_s``. There is a hang when no rank has moved for ``timeout_s`` (twice that before the first beat): a rank
+    that waits for a slow one is not taken for a hang. Then each rank writes what it was doing with the stacks of all its
+    threads to ``folder``/rank-00003.txt, the lowest one prints one diagnosis, and every process ends with
+    ``HANG_STATUS``.
 
     A rank that does not answer for ``gone_after`` seconds is told as gone: killed, stopped, or kept from running by a
     call that never gives the interpreter free. Stacks of the latter are in ``folder``/rank-00003.frozen.
@@ -50,17 +53,19 @@ class Watchdog:
         self.gone_after = max(2.0, 5 * self.period)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self._mark, self._beats, self._left = (0, _START), 0, ""
+        self._mark, self._beats, self._signs, self._left = (0, _START), 0, 0, ""
         self._position, self._moved = None, time.monotonic()
         self._looked = self._moved
         self._exchange: Exchange | None = None
         self._frozen = None
         self._thread: threading.Thread | None = None
+        self._deaf: Callable[[], None] = lambda: None
         self._stopped = threading.Event()
 
     def start(self) -> "Watchdog":
         """Begin to watch; the main thread calls it."""
         if self.timeout_s:
+            self._deaf = _listen(weakref.ref(self))
             if self.world_size > 1:
                 self._exchange = Exchange(self.rank, self.world_size, self.period)
                 self._publish(stuck=False)
@@ -76,8 +81,8 @@ class Watchdog:
         self._mark, self._beats = (step, phase), self._beats + 1
 
     def moves(self) -> None:
-        """Say that the phase goes on, where that cannot be seen from the place of the main thread; from any thread."""
-        self._beats += 1
+        """Take a sign of life (``megavg.protocols.life``), where no other place of the main thread can be seen."""
+        self._signs += 1
 
     def stop(self) -> None:
         """Watch no more. The others are told, and will not wait for this rank."""
@@ -102,7 +107,7 @@ class Watchdog:
     # what the watching thread does
 
     def _tick(self) -> None:
-        now, position = time.monotonic(), (self._beats, watchdog_rank.position())
+        now, position = time.monotonic(), (self._beats, self._signs, watchdog_rank.position())
         paused = now - self._looked > max(1.0, 3 * self.period)  # the whole process was stopped, its clock was not
         if position != self._position or paused:
             self._position, self._moved = position, now
@@ -264,6 +269,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(self.timeout_s / 2, file=self._frozen)
 
     def _look_no_more(self) -> None:
+        self._deaf()
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -276,6 +282,16 @@ class Watchdog:
                 self.folder.rmdir()
             except OSError:  # it holds the other ranks' files, or those of a hang
                 pass
+
+
+def _listen(watchdog: weakref.ref) -> Callable[[], None]:
+    """Hear signs of life for a watchdog, as long as the run lives; returns what ends that."""
+    def hear() -> None:
+        alive = watchdog()
+        if alive is not None:
+            alive.moves()
+
+    return watch(hear)
 
 
 def _watch(watchdog: weakref.ref, stopped: threading.Event, period: float) -> None:

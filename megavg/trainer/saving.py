@@ -22,16 +22,15 @@ class RunState:
     Args:
         source: where prompts come from; has ``state_dict`` and ``load_state_dict``, as the ``algorithm`` has.
         tell: prints one line on one rank.
-        tick: called now and then while a checkpoint is written.
     """
 
     def __init__(self, config: RunConfig, policy: Policy, source, algorithm, context: ParallelContext,
-                 tell: Callable[[str], None], tick: Callable[[], None] = lambda: None):
+                 tell: Callable[[str], None]):
         self.config, self.policy, self.source, self.algorithm = config, policy, source, algorithm
         self.context, self._tell, settings = context, tell, config.trainer
         self.folder = Path(settings.output_dir) / FOLDER
         self._store = Checkpoints(self.folder, context, settings.keep_last, settings.keep_every,
-                                  settings.save_in_background, tick, config.parallel.timeout_minutes)
+                                  settings.save_in_background, config.parallel.timeout_minutes)
         self._saved = -1
 
     def save(self, step: int) -> Path:

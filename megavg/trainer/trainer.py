@@ -73,8 +73,7 @@ class Trainer:
             self.policy, self.context, self.prompts.question, config.rollout.max_new_tokens,
             config.rollout.prompts_per_pass * 4, config.evaluation.limit, config.evaluation.pictures,
             config.data.on_error, config.data.max_skipped)
-        self.state = RunState(config, self.policy, self.source, self.algorithm, self.context, self._tell,
-                              self.watchdog.moves)
+        self.state = RunState(config, self.policy, self.source, self.algorithm, self.context, self._tell)
         self.start_step = self.state.restore() if self.settings.resume else 0
         self.frame_report = None if self.start_step else check_start(
             config, self.policy, self.prompts, self.context, self.algorithm.uses_rollouts)

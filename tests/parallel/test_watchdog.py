@@ -102,6 +102,24 @@ def alone(folder: Path, timeout_s: float) -> int:
     return 0
 
 
+def read_slowly(folder: Path, told: bool) -> int:
+    """A process alone whose loop over a slow transfer takes three times the time-out, in one line of code."""
+    from megavg.data.urls import UrlStream
+    from megavg.protocols import life
+
+    stream = UrlStream("pipe:for i in $(seq 23); do head -c 1000 /dev/zero; sleep 0.2; done")
+    if not told:  # as if the reader said nothing
+        life.watch = lambda watcher: lambda: None
+        import megavg.parallel.watchdog
+
+        megavg.parallel.watchdog.watch = life.watch
+    with Watchdog(folder, TIMEOUT / 2).start() as watchdog:
+        watchdog.beat(1, "data")
+        while len(stream.read(1000)) == 1000:
+            pass
+    return 0
+
+
 def train_with_a_sleeper(tree: dict) -> int:
     from megavg.trainer.config import resolve
     from megavg.trainer.trainer import Trainer
@@ -215,6 +233,13 @@ def test_a_process_alone_is_watched_and_0_switches_it_off(tmp_path, timeout_s, c
     assert codes == [code], log
     told = re.search(r"hang: rank 0 has not moved for \d s; rank 0, in step 1 \(data\), is in `time\.sleep\(", log)
     assert bool(told) == bool(code) == (tmp_path / "hang").exists()
+
+
+@pytest.mark.parametrize("told, code", [(True, 0), (False, HANG_STATUS)])
+def test_a_slow_transfer_that_goes_on_is_no_hang(tmp_path, told, code):
+    """The loop looks alike at every look; the reader's signs of life tell it from a read that never ends."""
+    codes, log = ends(tmp_path / "log", 1, read_slowly, tmp_path / "hang", told)
+    assert codes == [code], log
 
 
 def test_a_training_whose_rank_sleeps_in_its_step_is_ended(checkpoints, scene_shards, tmp_path):

@@ -268,6 +268,10 @@ def _not_finite(run: Path) -> None:
     rewrite_metrics(run, lambda line: {**line, "loss": math.nan} if line["step"] == 2 else line)
 
 
+def _huge(run: Path) -> None:
+    rewrite_metrics(run, lambda line: {**line, "loss": -1.7e308} if line["step"] == 2 else line)
+
+
 def _old(run: Path) -> None:
     rewrite_metrics(run, lambda line: {name: line[name] for name in ("step", "loss") if name in line})
 
@@ -304,6 +308,7 @@ def _shards_gone(run: Path) -> None:
 
 @pytest.mark.parametrize("damage, words", [
     (_torn, "the last line cannot be read and is left out"), (_not_finite, "gaps in the curves: loss (1)"),
+    (_huge, "gaps in the curves: loss (1)"),
     (_old, "No run counted reasons"), (_still_going, "not finished: 3 of 9 steps"),
     (_stopped, "stopped by SIGTERM after 3 of 9 steps"), (_bare, "No evaluation was found"),
     (_only_begun, "No training step was found"),
@@ -318,7 +323,7 @@ def test_what_is_missing_or_broken_is_said(run, tmp_path, damage, words):
     assert words in page.words
     if damage is not _only_begun:
         assert curves(page)["loss"]["run"][0] == [1, 2, 3]
-    if damage is _not_finite:
+    if damage in (_not_finite, _huge):
         assert curves(page)["loss"]["run"][1][1] is None
 
 
