@@ -21,6 +21,7 @@ def read_launcher(environment: dict[str, str]) -> dict[str, str]:
             found, by_mpi = dict(zip(names, (environment[name] for name in launcher))), number < _MPI
     if "RANK" in found and "WORLD_SIZE" not in found or "WORLD_SIZE" in found and "RANK" not in found:
         raise ValueError(f"the environment sets only {', '.join(found)}; set both RANK and WORLD_SIZE, or neither")
+    _check_sizes(found, environment)
     alone = int(found.setdefault("WORLD_SIZE", "1")) == 1
     found.setdefault("RANK", "0")
     found.setdefault("LOCAL_RANK", found["RANK"] if alone else "0")
@@ -33,6 +34,18 @@ def read_launcher(environment: dict[str, str]) -> dict[str, str]:
         raise ValueError(f"{found['WORLD_SIZE']} processes were started without an address to meet at; set MASTER_ADDR "
                          "to the host of rank 0, or start them with the deepspeed launcher")
     return found
+
+
+def _check_sizes(found: dict[str, str], environment: dict[str, str]) -> None:
+    """Refuse RANK and WORLD_SIZE that a shell has left, where mpirun or srun starts more processes than they tell of.
+
+    All of these would take themselves for the same one, and write over each other's files.
+    """
+    for names in _LAUNCHERS:
+        size = environment.get(names[1], "1")
+        if int(size) > int(found.get("WORLD_SIZE", size)):
+            raise ValueError(f"WORLD_SIZE={found['WORLD_SIZE']} in the environment, but {names[1]}={size} processes were "
+                             "started; unset RANK, WORLD_SIZE and LOCAL_RANK")
 
 
 def meeting_place(world_size: int) -> tuple[str, str]:

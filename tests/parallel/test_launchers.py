@@ -38,6 +38,8 @@ def test_torch_names_win_over_the_scheduler():
 @pytest.mark.parametrize("environment, message", [
     ({"RANK": "1"}, "RANK and WORLD_SIZE"),
     ({"WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 processes were started; unset"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS=4 processes were started"),
     ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, "MASTER_ADDR"),
 ])
 def test_half_an_environment_is_refused(environment, message):
