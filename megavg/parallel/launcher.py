@@ -44,8 +44,8 @@ def _check_sizes(found: dict[str, str], environment: dict[str, str]) -> None:
     for names in _LAUNCHERS:
         size = environment.get(names[1], "1")
         if int(size) > int(found.get("WORLD_SIZE", size)):
-            raise ValueError(f"WORLD_SIZE={found['WORLD_SIZE']} in the environment, but {names[1]}={size} processes were "
-                             "started; unset RANK, WORLD_SIZE and LOCAL_RANK")
+            raise ValueError(f"WORLD_SIZE={found['WORLD_SIZE']} in the environment, but {names[1]}={size} processes "
+                             "were started; unset RANK, WORLD_SIZE and LOCAL_RANK")
 
 
 def meeting_place(world_size: int) -> tuple[str, str]:

@@ -35,8 +35,8 @@ class Watchdog:
     A rank moves when it begins a phase (:meth:`beat`) or a collective, when it gives a sign of life
     (``megavg.protocols.life``), or when its main thread is at another place than at the last look, some twenty times in
     ``timeout_s``. There is a hang when no rank has moved for ``timeout_s`` (twice that before the first beat): a rank
-    that waits for a slow one is not taken for a hang. Then each rank writes what it was doing with the stacks of all its
-    threads to ``folder``/rank-00003.txt, the lowest one prints one diagnosis, and every process ends with
+    that waits for a slow one is not taken for a hang. Then each rank writes what it was doing with the stacks of all
+    its threads to ``folder``/rank-00003.txt, the lowest one prints one diagnosis, and every process ends with
     ``HANG_STATUS``.
 
     A rank that does not answer for ``gone_after`` seconds is told as gone: killed, stopped, or kept from running by a
