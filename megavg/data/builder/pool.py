@@ -53,7 +53,12 @@ def _run_apart(work, jobs, num_processes, progress) -> Iterator[Any]:
     counter = context.Value("q", 0)
     pool = ProcessPoolExecutor(num_processes, context, _begin, (counter,))
     try:
-        waiting = {pool.submit(_run_one, work, job) for job in jobs}
+        # The parent alone answers Ctrl-C, from the first instruction of a process on: it starts with the signal blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            waiting = {pool.submit(_run_one, work, job) for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while waiting:
             finished, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
             progress(counter.value)
@@ -68,10 +73,9 @@ def _run_apart(work, jobs, num_processes, progress) -> Iterator[Any]:
 
 
 def _begin(counter) -> None:
-    """Start of a process: the parent alone answers Ctrl-C, and its end, even by SIGKILL, is this one's end."""
+    """Start of a process: its parent's end, even by SIGKILL, is its end."""
     global _counter
     _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
