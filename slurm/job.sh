@@ -7,6 +7,10 @@ HUNG=76  # exit status of a run whose watchdog has found a hang (megavg/parallel
 MENDABLE=2  # exit status of an error that its message tells how to mend
 LEFT=" $STOPPED $((128 + $(kill -l USR1))) $((128 + $(kill -l TERM))) "  # asked to leave; the latter two at start-up
 
+# by this name a job knows at a later start what it has made before (megavg/protocols/restarts.py)
+unset MEGAVG_JOB
+[ -z "${SLURM_JOB_ID:-}" ] || export MEGAVG_JOB="${SLURM_CLUSTER_NAME:-slurm}-$SLURM_JOB_ID"
+
 say() { printf '[slurm] %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit "$MENDABLE"; }
 quoted() { printf '%q ' "$@"; }
@@ -18,8 +22,6 @@ usage() {  # SCRIPT: print its comment
 need() {  # SCRIPT COUNT ARGUMENTS...: print how it is used where arguments are missing
     [ "$(($# - 2))" -ge "$2" ] || { usage "$1"; exit "$MENDABLE"; }
 }
-
-restarted() { [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; }
 
 dry_run() {  # SCRIPT COMMAND...: say what would run, and end
     local script=$1
@@ -93,24 +95,24 @@ run_ranks() {  # KEPT COMMAND...: run it as every rank; start again what was ask
     exit "$status"
 }
 
-listing() { compgen -G "$1" | xargs -r -d '\n' stat -c '%n %s'; }  # PATTERN: names and sizes of the files that it fits
+escaped() { sed 's/[][*?\\]/\\&/g' <<< "$1"; }  # PATH: as a pattern that fits nothing else
 
-futile_starts() { printf '%s' "$PWD/.futile-$SLURM_JOB_ID"; }  # a file: how many starts in a row have kept nothing new
+listing() { compgen -G "$1" | xargs -r -d '\n' stat -c '%n %s' | cksum; }  # PATTERN: of the files that it fits
+
+futile_starts() { printf '%s' "$PWD/.futile-$SLURM_JOB_ID"; }  # a file: how many in a row, and the listing after them
 
 start_after_failure() {  # STATUS WHY KEPT BEFORE: start again, unless several starts in a row have kept nothing new
-    local file count=0
-    file=$(futile_starts)
-    if [ "$(listing "$3")" = "$4" ]; then
-        [ ! -f "$file" ] || read -r count < "$file"
-        count=$((count + 1))
-    fi
+    local file count=0 then= now
+    file=$(futile_starts) now=$(listing "$3")
+    [ ! -f "$file" ] || { read -r count && read -r then; } < "$file"
+    if [ "$now" != "$4" ]; then count=0; elif [ "$now" != "$then" ]; then count=1; else count=$((count + 1)); fi
     if [ "$count" -ge "$MAX_FUTILE_STARTS" ]; then
         rm -f "$file"
         say "$2, $count times in a row without anything new under $3, so it is not started again" \
             "(MAX_FUTILE_STARTS=$MAX_FUTILE_STARTS); submit the same command to try once more"
         exit "$1"
     fi
-    echo "$count" > "$file.tmp" && mv "$file.tmp" "$file"
+    printf '%s\n' "$count" "$now" > "$file.tmp" && mv "$file.tmp" "$file"
     start_again "$2" "$1"
 }
 

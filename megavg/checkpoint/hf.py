@@ -16,6 +16,8 @@ from typing import Any, Callable, Iterable
 import torch
 
 from megavg.checkpoint import swap
+from megavg.checkpoint.manifest import sync_file
+from megavg.protocols.life import goes_on
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -178,6 +180,8 @@ def _write_shards(folder: Path, tensors, legacy: bool, max_shard_bytes: int) -> 
         save_file(pending, path, metadata={"format": "pt"})
         # safetensors writes files that only their owner can read; weights are for everyone who may read config.json
         path.chmod((folder / "config.json").stat().st_mode & 0o777)
+        sync_file(path)  # not all of them at the end, which might take longer than a watchdog waits
+        goes_on()
         shards.append({name: tensor.nbytes for name, tensor in pending.items()})
         pending, pending_bytes = {}, 0
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from megavg.checkpoint.manifest import sync_file, sync_folder
+from megavg.protocols.life import goes_on
 
 
 def place_of(out: str | Path) -> Path:
@@ -41,6 +42,7 @@ def finish(final: Path) -> None:
     for folder, _, files in os.walk(partial):
         for name in files:
             sync_file(Path(folder, name))
+            goes_on()
         sync_folder(Path(folder))
     replace(partial, final, old)
 

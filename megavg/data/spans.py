@@ -6,6 +6,8 @@ import functools
 import os
 from dataclasses import dataclass
 
+from megavg.protocols.life import goes_on
+
 _OPEN_FILES = 32
 
 
@@ -50,6 +52,7 @@ class Span:
         while data and len(data) < self.size and (more := os.pread(file.descriptor, self.size - len(data),
                                                                    self.offset + len(data))):
             data += more
+        goes_on()
         if len(data) != self.size:
             raise OSError(f"{self.path} ends inside of a member: {len(data)} of {self.size} bytes at {self.offset}")
         return data

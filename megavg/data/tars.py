@@ -17,6 +17,7 @@ from megavg.data import urls
 from megavg.data.sample import IMAGE_SUFFIXES, RawRecord, SampleError
 from megavg.data.spans import Span, version_of
 from megavg.data.urls import TransportError, UrlStream, is_url
+from megavg.protocols.life import goes_on
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class _Blocks:
 
     def read(self, size: int) -> bytes:
         self.last = self.file.read(size)
+        goes_on()
         return self.last
 
     def check_end(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megavg.evaluation.answer_log import ANSWERS, read_answers
 from megavg.evaluation.reader import indexed
+from megavg.protocols.restarts import is_of_this_job, note_job
 
 FINGERPRINT = "fingerprint.json"
 
@@ -21,14 +22,14 @@ def open_set(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> dict
     Args:
         folder: of this set alone.
         fingerprint: JSON values by name: all that an answer depends on.
-        overwrite: remove what an earlier evaluation left in the folder.
+        overwrite: remove what an earlier evaluation left in the folder; not what an earlier start of this job has.
 
     Raises:
         ValueError: the folder holds answers of another model, set, prompt or way to generate.
     """
     folder = Path(folder)
     path = folder / FINGERPRINT
-    if overwrite:
+    if overwrite and not is_of_this_job(folder):
         _remove(folder)
     if path.is_file():
         _compare(path, fingerprint)
@@ -37,6 +38,7 @@ def open_set(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> dict
         raise ValueError(f"{folder / ANSWERS} holds answers, but {path} is missing, which says whose they are; set "
                          "evaluation.overwrite=true to replace them, or choose another evaluation.output_dir")
     folder.mkdir(parents=True, exist_ok=True)
+    note_job(folder)
     write_beside(path, json.dumps(fingerprint, indent=2) + "\n")
     return {}
 

@@ -39,11 +39,14 @@ def read_launcher(environment: dict[str, str]) -> dict[str, str]:
 def _check_sizes(found: dict[str, str], environment: dict[str, str]) -> None:
     """Refuse RANK and WORLD_SIZE that a shell has left, where mpirun or srun starts more processes than they tell of.
 
-    All of these would take themselves for the same one, and write over each other's files.
+    All of these would take themselves for the same one, and write over each other's files. A launcher inside of one of
+    them (deepspeed, torchrun) makes a world of its own, and leaves its marks.
     """
+    if any(name in environment for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID")):
+        return
     for names in _LAUNCHERS:
-        size = environment.get(names[1], "1")
-        if int(size) > int(found.get("WORLD_SIZE", size)):
+        rank, size = environment.get(names[0], "0"), environment.get(names[1], "1")
+        if int(rank) >= int(found.get("WORLD_SIZE", size)):
             raise ValueError(f"WORLD_SIZE={found['WORLD_SIZE']} in the environment, but {names[1]}={size} processes "
                              "were started; unset RANK, WORLD_SIZE and LOCAL_RANK")
 

@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 from typing import Iterator
 
-COMPILING_SECONDS, CHECKING_SECONDS = 1200.0, 120.0
-"""A lock that is older is nobody's: of a folder that holds no library yet, and of one that is only looked at again."""
+COMPILING_SECONDS, CHECKING_SECONDS = 1800.0, 300.0
+"""A lock that is older is nobody's, in a folder where something is compiled and in one that is only looked at again.
+
+Whoever holds a lock ends with an error when it is gone: better to wait too long.
+"""
 _PERIOD = 1.0
 
 logger = logging.getLogger(__name__)
@@ -54,9 +57,12 @@ def remove_stale_locks(folder: Path) -> list[Path]:
     """Remove the locks under ``folder`` that are older than any compilation; returns them."""
     removed = []
     for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock")):
-        is_built = any(lock.parent.glob("*.so"))
         try:
-            if time.time() - lock.stat().st_mtime < (CHECKING_SECONDS if is_built else COMPILING_SECONDS):
+            since = lock.stat().st_mtime
+            made = [path.stat().st_mtime for path in lock.parent.iterdir() if path.suffix in (".so", ".o")]
+            # else it is being compiled, or compiled anew
+            is_built = any(lock.parent.glob("*.so")) and max(made) < since
+            if time.time() - max(since, *made, since) < (CHECKING_SECONDS if is_built else COMPILING_SECONDS):
                 continue
             lock.unlink()
         except FileNotFoundError:  # its process, or another one that looks, was quicker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any, Callable
 import yaml
 
 from megavg.data.shards import expand_shards
+from megavg.protocols.restarts import is_of_this_job, note_job
 from megavg.trainer.config import RunConfig, save_resolved
 from megavg.trainer.stop_signal import MARKER
 
@@ -20,14 +22,28 @@ WRITTEN = ("config.yaml", "prompts.yaml", "deepspeed_config.json", "run.json", "
 _OF_STEPS = ("pictures", "heat_maps", "evaluation")
 _SAME_RUN = ("model", "data", "algorithm", "rollout", "rewards", "optimizer")
 """Sections of the configuration that make a run what it is."""
+_FREE = {"rollout": {"prompts_per_pass"},
+         "data": {"num_workers", "prefetch_batches", "check_frame", "check_frame_samples", "on_error", "max_skipped"}}
+"""Options of these that change no result."""
+FINISHED = "finished"
+"""Key of run.json that says that the run came to its end."""
 _REMEDY = "set trainer.resume=false trainer.overwrite=true to replace it, or choose another trainer.output_dir"
 
 
 class RunFolder:
-    """``trainer.output_dir`` of one run; every process looks, one changes."""
+    """``trainer.output_dir`` of one run; every process looks, one changes.
+
+    Attributes:
+        config: as it is asked for; but where an earlier start of this very job has begun the run, it is gone on with
+            instead of replaced or refused.
+    """
 
     def __init__(self, config: RunConfig):
-        self.config, self.settings, self.path = config, config.trainer, Path(config.trainer.output_dir)
+        self._asked, self.path = config, Path(config.trainer.output_dir)
+        if not config.trainer.resume and is_of_this_job(self.path):
+            settings = dataclasses.replace(config.trainer, resume="auto", overwrite=False)
+            config = dataclasses.replace(config, trainer=settings)
+        self.config, self.settings = config, config.trainer
 
     @property
     def is_used(self) -> bool:
@@ -59,24 +75,32 @@ class RunFolder:
         if other:
             raise ValueError(f"{self.path} holds {steps} steps of a run with other options ({other}), and no "
                              f"checkpoint to go on from; {_REMEDY}")
-        if steps >= self.settings.num_steps and ((self.path / "hf").exists() or not self.settings.export_hf):
+        if _read(self.path / "run.json").get(FINISHED):
             raise ValueError(f"{self.path} holds a finished run of {steps} steps, and no checkpoint to go on from; "
                              f"{_REMEDY}")
         tell(f"{self.path} holds {steps} steps of this run, but no checkpoint (trainer.save_every="
              f"{self.settings.save_every}): it starts anew")
 
-    def prepare(self, start_step: int) -> None:
-        """Make the folder, or empty it of what is replaced: an old run, or steps that are taken again."""
+    def prepare(self, start_step: int, anew: bool) -> None:
+        """Make the folder, or empty it of what is replaced: an old run, or steps that are taken again.
+
+        Args:
+            start_step: after which the run goes on.
+            anew: from no checkpoint of its own: nothing that is there is of steps that stay.
+        """
         if self.is_used and self.settings.overwrite:
             remove_run(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / MARKER).unlink(missing_ok=True)
+        if anew:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
         for folder in _OF_STEPS:
             for file in (self.path / folder).glob("*"):
                 step = re.search(r"-(\d{6,})\.\w+$", file.name)
-                if step and (int(step[1]) > start_step or not start_step):
+                if step and (anew or int(step[1]) > start_step):
                     file.unlink()
-        save_resolved(self.config, self.path / "config.yaml")
+        note_job(self.path)
+        save_resolved(self._asked, self.path / "config.yaml")
 
 
 def remove_run(folder: Path) -> None:
@@ -111,7 +135,7 @@ def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         names = ("seed",) if section == "trainer" else None
         old, new = before.get(section), now.get(section)
         if isinstance(old, dict) and isinstance(new, dict):
-            for name in names or dict.fromkeys((*old, *new)):
+            for name in names or (name for name in old if name not in _FREE.get(section, ())):
                 if name in old and old[name] != new.get(name):  # one that is new came with a newer version
                     return f"{section}.{name}: {old[name]!r}, now {new.get(name)!r}"
         elif before and old != new:

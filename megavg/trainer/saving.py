@@ -22,6 +22,9 @@ class RunState:
     Args:
         source: where prompts come from; has ``state_dict`` and ``load_state_dict``, as the ``algorithm`` has.
         tell: prints one line on one rank.
+
+    Attributes:
+        has_own: whether :meth:`restore` has found checkpoints of this very run.
     """
 
     def __init__(self, config: RunConfig, policy: Policy, source, algorithm, context: ParallelContext,
@@ -31,7 +34,7 @@ class RunState:
         self.folder = Path(settings.output_dir) / FOLDER
         self._store = Checkpoints(self.folder, context, settings.keep_last, settings.keep_every,
                                   settings.save_in_background, config.parallel.timeout_minutes)
-        self._saved = -1
+        self._saved, self.has_own = -1, False
 
     def save(self, step: int) -> Path:
         """Keep a checkpoint that :meth:`restore` goes on from; returns where it is, or will be once it is written."""
@@ -60,6 +63,7 @@ class RunState:
             CheckpointError: the checkpoint is damaged, incomplete, or another model's.
             ValueError: it is another algorithm's, or of other data.
         """
+        self.has_own = bool(self._store.listed())
         path = self._chosen()
         if path is None:
             return 0

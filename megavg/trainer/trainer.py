@@ -34,7 +34,7 @@ from megavg.trainer.metrics import PhaseClock, batch_metrics, judgement_metrics,
 from megavg.trainer.policy import Policy
 from megavg.trainer.prompt_log import PromptLog, write_prompts
 from megavg.trainer.rollouts import Judgement, Rollouts, to_batch
-from megavg.trainer.run_folder import RunFolder
+from megavg.trainer.run_folder import FINISHED, RunFolder
 from megavg.trainer.run_log import RunLog, write_json
 from megavg.trainer.saving import RunState
 from megavg.trainer.start_checks import check_start
@@ -47,13 +47,13 @@ class Trainer:
     """One run, on every process of it."""
 
     def __init__(self, config: RunConfig):
+        self.run_folder = RunFolder(config)
+        self.folder, config = self.run_folder.path, self.run_folder.config
         self.config, self.settings = config, config.trainer
         parallel = config.parallel
         device = start_processes(parallel.timeout_minutes)
         self.context = make_context(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device,
                                     parallel.timeout_minutes)
-        self.run_folder = RunFolder(config)
-        self.folder = self.run_folder.path
         self.watchdog = Watchdog(self.folder / "hang", parallel.watched_seconds).start()
         self.algorithm = algorithm_class(config.algorithm_name)(config.algorithm)
         self.rewards = load_rewards(config.rewards)
@@ -107,6 +107,8 @@ class Trainer:
             self.source.close()
             if not signal:
                 self.log.finish()
+                if self.context.is_writer:
+                    self._write_facts(finished=True)
         dist.barrier()  # nobody leaves before all is written
         return EXIT_STATUS if signal else 0
 
@@ -281,13 +283,14 @@ class Trainer:
 
     def _prepare_folder(self) -> None:
         """Make or empty the folder, on the first process, once everything that can be refused has been loaded."""
-        if not self.start_step:
+        anew = not self.state.has_own
+        if anew:
             with told_to_all(self.context):
                 self.run_folder.check_anew(self._tell)
         dist.barrier()  # all have looked into the folder before one of them writes
         with told_to_all(self.context):
             if self.context.rank == 0:
-                self.run_folder.prepare(self.start_step)
+                self.run_folder.prepare(self.start_step, anew)
                 write_prompts(self.prompts, self.folder / "prompts.yaml")
 
     @property
@@ -319,10 +322,13 @@ class Trainer:
         self.log.configuration(self.config.tree())
         if self.context.is_writer:
             write_json(self.folder / "deepspeed_config.json", self.policy.engine.config)
-            write_json(self.folder / "run.json", {
-                "layout": self.context.layout, "world_size": self.context.world_size,
-                "device": self.context.device.type, "algorithm": self.config.algorithm_name,
-                "algorithm_mark": self.algorithm.mark, "family": model.spec.family})
+            self._write_facts(finished=False)
+
+    def _write_facts(self, finished: bool) -> None:
+        write_json(self.folder / "run.json", {
+            "layout": self.context.layout, "world_size": self.context.world_size,
+            "device": self.context.device.type, "algorithm": self.config.algorithm_name,
+            "algorithm_mark": self.algorithm.mark, "family": self.policy.model.spec.family, FINISHED: finished})
 
     def _stages(self) -> str:
         """Where the decoder's layers lie, for the log."""

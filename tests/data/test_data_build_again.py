@@ -77,3 +77,18 @@ def test_an_interrupted_overwrite_continues_without_it(tmp_path, make_draft):
         build_shards(drafts, str(tmp_path / "s"), options, overwrite=True)
     Path(bad).write_bytes(good)
     assert build_shards(drafts, str(tmp_path / "s"), options)["num_samples"] == 4
+
+
+def test_a_job_that_starts_again_keeps_the_shards_it_has_built(tmp_path, make_draft, monkeypatch):
+    """Slurm repeats the command, with its --overwrite."""
+    drafts, kept = [make_draft(number) for number in range(4)], tmp_path / "s" / ".unfinished" / "000000.tar"
+    Path(drafts[3].image.path).write_bytes(b"broken")
+
+    def build(job: str) -> int:
+        monkeypatch.setenv("MEGAVG_JOB", job)
+        with pytest.raises(SampleError):
+            build_shards(drafts, str(tmp_path / "s"), BuildOptions(samples_per_shard=2), overwrite=True)
+        return kept.stat().st_mtime_ns
+
+    first = build("c-1")
+    assert build("c-1") == first and build("c-2") != first

@@ -167,3 +167,19 @@ def test_shards_built_anew_are_noticed_where_nothing_but_their_content_has_chang
     with pytest.raises(ValueError, match="answers of another evaluation .shards was .*; choose another "
                                          "evaluation.output_dir, or set evaluation.overwrite=true"):
         open_set(tmp_path / "s", {"shards": describe_shards([str(shard)])}, False)
+
+
+def test_a_job_that_starts_again_keeps_its_own_answers(tmp_path, monkeypatch):
+    """Slurm repeats the command, with its overwrite=true."""
+    monkeypatch.delenv("MEGAVG_JOB", raising=False)
+    open_set(tmp_path, {"model": "old"}, overwrite=False)
+    monkeypatch.setenv("MEGAVG_JOB", "c-1")
+    assert open_set(tmp_path, {"model": "new"}, overwrite=True) == {}
+    answers = tmp_path / "answers" / "rank-00000.jsonl"
+    answers.parent.mkdir()
+    answers.write_text("")
+    open_set(tmp_path, {"model": "new"}, overwrite=True)
+    assert answers.exists()
+    monkeypatch.setenv("MEGAVG_JOB", "c-2")
+    open_set(tmp_path, {"model": "new"}, overwrite=True)
+    assert not answers.exists()

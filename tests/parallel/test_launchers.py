@@ -38,8 +38,8 @@ def test_torch_names_win_over_the_scheduler():
 @pytest.mark.parametrize("environment, message", [
     ({"RANK": "1"}, "RANK and WORLD_SIZE"),
     ({"WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"),
-    ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 processes were started; unset"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS=4 processes were started"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+     "OMPI_COMM_WORLD_SIZE=2 processes were started; unset RANK"),
     ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, "MASTER_ADDR"),
 ])
 def test_half_an_environment_is_refused(environment, message):
@@ -51,6 +51,14 @@ def test_half_an_environment_is_refused(environment, message):
 def test_a_command_in_a_batch_script_is_alone():
     """Slurm tells the script of all tasks of the job, but only srun starts them."""
     assert ranks({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}) == ("0", "1", "0")
+
+
+def test_a_launcher_inside_of_a_task_makes_a_world_of_its_own():
+    task = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "5"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    assert ranks({**task, **alone, "LOCAL_WORLD_SIZE": "1"}) == ("0", "1", "0")
+    # a shell of srun --pty, from which a launcher starts two
+    assert ranks({**task, "SLURM_PROCID": "0", **alone, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"})[0] == "1"
 
 
 def test_a_world_that_does_not_divide_is_refused():

@@ -20,6 +20,7 @@ def lock(folder: Path, age: float, built: bool = False) -> Path:
     folder.mkdir(parents=True)
     if built:
         (folder / "op.so").touch()
+        os.utime(folder / "op.so", (time.time() - age - 60,) * 2)
     (folder / "lock").touch()
     os.utime(folder / "lock", (time.time() - age,) * 2)
     return folder / "lock"
@@ -28,7 +29,9 @@ def lock(folder: Path, age: float, built: bool = False) -> Path:
 def test_only_locks_that_nobody_can_hold_go(tmp_path):
     old = lock(tmp_path / "a", COMPILING_SECONDS + 1)
     looked_at = lock(tmp_path / "py311_cpu" / "b", CHECKING_SECONDS + 1, built=True)
-    kept = [lock(tmp_path / "c", COMPILING_SECONDS - 60), lock(tmp_path / "d", CHECKING_SECONDS - 60, built=True)]
+    kept = [lock(tmp_path / "c", COMPILING_SECONDS - 60), lock(tmp_path / "d", CHECKING_SECONDS - 60, built=True),
+            lock(tmp_path / "e", CHECKING_SECONDS + 60, built=True)]
+    (tmp_path / "e" / "op.o").touch()  # it is being compiled anew
     assert sorted(remove_stale_locks(tmp_path)) == [old, looked_at]
     assert not old.exists() and all(path.exists() for path in kept)
     assert remove_stale_locks(tmp_path / "nowhere") == []
@@ -54,14 +57,17 @@ def meet() -> int:
 
 def test_processes_start_in_spite_of_it(tmp_path, monkeypatch):
     """With the extension that DeepSpeed loads on a CPU, as a killed start leaves it."""
-    folder = shutil.copytree(extensions_folder(), tmp_path / "extensions")
-    locks = [path.parent / "lock" for path in folder.rglob("*.so")]
-    if not locks:
+    if not any(extensions_folder().rglob("*.so")):
         pytest.skip("DeepSpeed's extension is not compiled yet: make setup does it")
+    # other tests' processes take and leave locks there meanwhile
+    folder = shutil.copytree(extensions_folder(), tmp_path / "extensions", ignore=shutil.ignore_patterns("lock"))
+    locks = [path.parent / "lock" for path in folder.rglob("*.so")]
+    for path in folder.rglob("*.*o"):
+        os.utime(path, (time.time() - 2 * CHECKING_SECONDS,) * 2)
     for path in locks:
         path.touch()
         os.utime(path, (time.time() - CHECKING_SECONDS,) * 2)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
     with Job(tmp_path / "log", 1, meet) as job:
-        assert job.wait(60) == [0], job.last_lines()
+        assert job.wait(150) == [0], job.last_lines()
     assert not any(path.exists() for path in locks)

@@ -94,12 +94,12 @@ def test_a_training_outlives_a_lost_node_a_hang_and_its_time_limit(cluster, sett
                          "--time=20", "slurm/train.sbatch", "run.yaml", "trainer.output_dir=hard",
                          "trainer.num_steps=100000", "trainer.save_every=5", "parallel.hang_timeout_s=6")
 
+    def newest() -> int:
+        return max((int(path.parent.name.removeprefix("step-"))
+                    for path in run.glob("checkpoints/step-*/manifest.json")), default=0)
+
     def goes_on_after(step: int) -> int:
         """The newest checkpoint, once it is a later one than that of ``step``."""
-        def newest() -> int:
-            return max((int(path.parent.name.removeprefix("step-"))
-                        for path in run.glob("checkpoints/step-*/manifest.json")), default=0)
-
         cluster.wait(job, f"after step {step}", lambda: newest() > step)
         return newest()
 
@@ -110,9 +110,10 @@ def test_a_training_outlives_a_lost_node_a_hang_and_its_time_limit(cluster, sett
     step = goes_on_after(step)
     os.kill(rank_process(job, 1, "megavg/train.py"), signal.SIGSTOP)
     cluster.start_again(job, 2)
-    goes_on_after(step)
+    goes_on_after(newest())
     # within half a minute, Slurm sees that less than the two minutes of train.sbatch's --signal are left
-    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+    hours, minutes, _ = map(int, cluster.about(job)["RunTime"].split(":"))
+    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     cluster.start_again(job, 3)
     marker = json.loads((run / "stopped.json").read_text())
     cluster.ask("scancel", job)

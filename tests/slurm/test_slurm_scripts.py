@@ -51,13 +51,20 @@ def test_a_dry_run_of_the_other_scripts(tmp_path):
     assert line.startswith("srun --mpi=pmi2 ") and line.endswith("make_shards.py --format scenes --count 4 --out x")
 
 
-def test_a_restart_goes_on_with_what_the_first_start_was_to_replace():
-    shards = ("make_shards.sbatch", "--format", "scenes", "--overwrite", "--count", "4", "--out", "x y")
-    assert last_line(*shards).endswith("--format scenes --overwrite --count 4 --out x\\ y")
-    assert last_line(*shards, SLURM_RESTART_COUNT="1").endswith("make_shards.py --format scenes --count 4 --out x\\ y")
-    asked = ("evaluate.sbatch", "examples/evaluate_refcoco.yaml", "evaluation.overwrite=true")
-    assert last_line(*asked).endswith("evaluation.overwrite=true")
-    assert last_line(*asked, SLURM_RESTART_COUNT="2").endswith("evaluation.overwrite=false")
+def test_a_run_that_is_to_be_replaced_is_not_resumed():
+    line = last_line("train.sbatch", "examples/demo.yaml", "trainer.overwrite=true", "trainer.num_steps=2")
+    assert line.endswith("--config examples/demo.yaml trainer.overwrite=true trainer.num_steps=2")
+
+
+def test_the_folder_of_a_run_is_no_pattern(tmp_path):
+    folder = tmp_path / "a [1] *" / "checkpoints" / "step-000004"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("12345")
+    (tmp_path / "a 1 x").mkdir()
+    script = (f'MEGAVG_HOME={ROOT}; . "$MEGAVG_HOME/slurm/job.sh"; '
+              f'compgen -G "$(escaped "{tmp_path}/a [1] *")/checkpoints/step-*/manifest.json"')
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "SLURM_JOB_ID": ""})
+    assert found.stdout.splitlines() == [str(folder / "manifest.json")], found.stderr
 
 
 @pytest.mark.parametrize("script, arguments", [

@@ -45,13 +45,19 @@ def test_the_same_run_starts_anew_and_says_so(left):
     folder.check()
     folder.check_anew(told.append)
     assert told == [f"{folder.path} holds 3 steps of this run, but no checkpoint (trainer.save_every=0): it starts anew"]
-    folder.prepare(0)
-    assert names(folder.path) == ["mine.png"], "no result of steps that are taken again"
+    folder.prepare(0, anew=True)
+    assert names(folder.path) == ["mine.png"] and not (folder.path / "metrics.jsonl").exists()
+
+
+def test_from_another_run_s_checkpoint_nothing_stays_either(left, tmp_path):
+    folder = opened(left(3), f"trainer.resume={tmp_path}/other/checkpoints/step-000002")
+    folder.prepare(2, anew=True)
+    assert names(folder.path) == ["mine.png"] and not (folder.path / "metrics.jsonl").exists()
 
 
 def test_steps_that_are_taken_again_leave_nothing_behind(left):
     folder = opened(left(3))
-    folder.prepare(2)
+    folder.prepare(2, anew=False)
     assert names(folder.path) == ["eval_scenes-000000.png", "eval_scenes-000002.png", "mine.png", "scenes-000000.json",
                                   "scenes-000002.json", "step-000000.html", "step-000002.html"]
 
@@ -70,18 +76,45 @@ def test_another_run_is_not_replaced(left, overrides, words):
 
 def test_what_does_not_change_the_run_may_differ(left):
     told = []
-    opened(left(3), "parallel.timeout_minutes=5", "trainer.micro_batch_size=1", "trainer.save_every=3").check_anew(
-        told.append)
+    opened(left(3), "parallel.timeout_minutes=5", "trainer.micro_batch_size=1", "trainer.save_every=3",
+           "rollout.prompts_per_pass=1", "data.num_workers=2", "trainer.num_steps=30").check_anew(told.append)
     assert len(told) == 1
 
 
-def test_a_finished_run_is_not_replaced(left):
-    tree = left(9)
-    with pytest.raises(ValueError, match="holds a finished run of 9 steps, and no checkpoint to go on from"):
-        opened(tree).check_anew(print)
-    told: list[str] = []
-    opened(tree, "trainer.export_hf=true").check_anew(told.append)
-    assert told, "its model was never written"
+def test_a_finished_run_is_not_replaced(left, tmp_path):
+    """Also where it ended early at its goal, or more steps are asked for; one that was killed at its end is."""
+    tree, told = left(5), []
+    run = tmp_path / "run" / "run.json"
+    run.write_text(json.dumps({"finished": False}))
+    opened(tree, "trainer.num_steps=5").check_anew(told.append)
+    assert len(told) == 1
+    run.write_text(json.dumps({"finished": True}))
+    for steps in (5, 9, 12):
+        with pytest.raises(ValueError, match="holds a finished run of 5 steps, and no checkpoint to go on from"):
+            opened(tree, f"trainer.num_steps={steps}").check_anew(print)
+
+
+def test_a_job_replaces_what_others_left_and_goes_on_with_what_it_made(left, monkeypatch):
+    """Slurm starts a job again with the same words."""
+    tree = left(3)
+
+    def start(job: str, *overrides: str) -> RunFolder:
+        monkeypatch.setenv("MEGAVG_JOB", job)
+        return RunFolder(resolve(apply_overrides(tree, list(overrides))))
+
+    first = start("c-1", "trainer.overwrite=true")
+    first.check()
+    assert first.config.trainer.overwrite and not first.config.trainer.resume
+    first.prepare(0, anew=True)
+    (first.path / "metrics.jsonl").write_text("")
+    for again in (start("c-1", "trainer.overwrite=true"), start("c-1")):
+        again.check()
+        assert (again.config.trainer.overwrite, again.config.trainer.resume) == (False, "auto")
+    assert start("c-2", "trainer.overwrite=true").config.trainer.overwrite
+    with pytest.raises(ValueError, match="already holds a run"):
+        start("c-2").check()
+    monkeypatch.delenv("MEGAVG_JOB")
+    assert opened(tree, "trainer.resume=false", "trainer.overwrite=true").config.trainer.overwrite
 
 
 def test_a_new_folder_and_one_that_is_to_be_replaced_are_no_matter(left, tmp_path):
@@ -89,5 +122,5 @@ def test_a_new_folder_and_one_that_is_to_be_replaced_are_no_matter(left, tmp_pat
     opened(tree, f"trainer.output_dir={tmp_path / 'new'}").check_anew(lambda text: pytest.fail(text))
     replaced = RunFolder(resolve(apply_overrides(tree, ["trainer.overwrite=true", "trainer.seed=4"])))
     replaced.check_anew(lambda text: pytest.fail(text))
-    replaced.prepare(0)
+    replaced.prepare(0, anew=True)
     assert [path.name for path in replaced.path.iterdir()] == ["config.yaml"]

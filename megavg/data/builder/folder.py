@@ -9,6 +9,7 @@ from typing import Any
 
 from megavg.data.builder.shard import read_entry, tar_path, write_json
 from megavg.data.writer import INDEX_NAME
+from megavg.protocols.restarts import is_of_this_job, note_job
 
 UNFINISHED = ".unfinished"
 LEFT_OUT_NAME = "left_out.jsonl"
@@ -28,7 +29,8 @@ class BuildFolder:
         self.unfinished = os.path.join(out_dir, UNFINISHED)
 
     def open(self, overwrite: bool) -> dict[str, Any] | None:
-        """Begin a build, or continue the one that was interrupted; call it on one rank. ``overwrite`` begins anew.
+        """Begin a build, or continue the one that was interrupted; call it on one rank. ``overwrite`` begins anew,
+        but not again where a job is started again.
 
         Returns:
             The index, when the interrupted build had only its own traces left to clear away; else None.
@@ -38,6 +40,7 @@ class BuildFolder:
         """
         if os.path.exists(self.out_dir) and not os.path.isdir(self.out_dir):
             raise ValueError(f"{self.out_dir} is a file; name a folder")
+        overwrite = overwrite and not is_of_this_job(self.unfinished)
         if overwrite:
             shutil.rmtree(self.unfinished, ignore_errors=True)
         saved, index = _read(os.path.join(self.unfinished, _PLAN)), _read(os.path.join(self.out_dir, INDEX_NAME))
@@ -49,6 +52,7 @@ class BuildFolder:
         if saved != self.summary:
             shutil.rmtree(self.unfinished, ignore_errors=True)
             os.makedirs(self.unfinished)
+            note_job(self.unfinished)
             write_json(os.path.join(self.unfinished, _PLAN), self.summary, indent=1)
         return None
 

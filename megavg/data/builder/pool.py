@@ -53,7 +53,7 @@ def _run_apart(work, jobs, num_processes, progress) -> Iterator[Any]:
     counter = context.Value("q", 0)
     pool = ProcessPoolExecutor(num_processes, context, _begin, (counter,))
     try:
-        # The parent alone answers Ctrl-C, from the first instruction of a process on: it starts with the signal blocked.
+        # The parent alone answers Ctrl-C: a process starts with the signal blocked, from its first instruction on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             waiting = {pool.submit(_run_one, work, job) for job in jobs}
