@@ -100,6 +100,24 @@ def test_outside_of_slurm_nothing_is_started(script, arguments):
     assert asked.returncode == 2 and f"slurm/{script}" in asked.stdout and "--dry-run" in asked.stdout
 
 
+# what each start ends with, and whether it has kept something new: a hang, or being asked to leave
+@pytest.mark.parametrize("starts, ends_at", [
+    ("hang hang hang", 2), ("hang+ hang hang hang", 3), ("hang hang+ hang hang hang", 4),
+    ("hang hang leave+ hang hang hang", 5), ("hang hang leave hang", 3), ("hang+ hang+ hang+ hang+ hang+", None),
+])
+def test_only_starts_in_a_row_that_keep_nothing_new_are_counted(tmp_path, starts, ends_at):
+    """job.sh's own counting, without a Slurm that starts the job again."""
+    script = [f'MEGAVG_HOME={ROOT}; . "$MEGAVG_HOME/slurm/job.sh"', 'start_again() { echo "again: $1"; }']
+    for number, start in enumerate(starts.split()):
+        script += ['before=$(listing "kept-*")', *([f"touch kept-{number}"] if start.endswith("+") else []),
+                   *(['(start_after_failure 76 hung "kept-*" "$before") || exit']
+                     if start.startswith("hang") else ['echo "again: left"'])]
+    done = subprocess.run(["bash", "-uc", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "SLURM_JOB_ID": "7", "MAX_FUTILE_STARTS": "3"})
+    assert done.stderr == "" and done.stdout.count("again: ") == (len(starts.split()) if ends_at is None else ends_at)
+    assert (done.returncode == 76) == (ends_at is not None) == ("3 times in a row" in done.stdout), done.stdout
+
+
 def test_a_script_far_from_the_repository_says_what_to_do(tmp_path):
     copy = tmp_path / "slurm_script"  # as slurmd runs it
     copy.write_text((SCRIPTS / "train.sbatch").read_text())
