@@ -36,6 +36,8 @@ dry_run() {  # SCRIPT COMMAND...: say what would run, and end
 }
 
 check_config() {  # MODULE SECTION CONFIG ARGUMENTS...: print SECTION.output_dir, or say what is wrong, before a start
+    command -v python > /dev/null || fail "there is no python; make setup makes $MEGAVG_VENV, or set MEGAVG_VENV or" \
+        "MEGAVG_MODULES (slurm/env.sh)"
     python - "$MEGAVG_HOME" "$1" "$2" --config "${@:3}" << 'EOF'
 import importlib
 import sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_a_dry_run_of_the_other_scripts(tmp_path):
 def test_a_run_that_is_to_be_replaced_is_not_resumed():
     line = last_line("train.sbatch", "examples/demo.yaml", "trainer.overwrite=true", "trainer.num_steps=2")
     assert line.endswith("--config examples/demo.yaml trainer.overwrite=true trainer.num_steps=2")
+
+
+@pytest.mark.parametrize("script, config", [("train", "demo"), ("evaluate", "evaluate_refcoco")])
+def test_without_an_environment_it_says_how_to_get_one(tmp_path, script, config):
+    for name in ("bash", "dirname", "realpath", "sed", "env"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = run(f"{script}.sbatch", "--dry-run", f"examples/{config}.yaml", PATH=str(tmp_path), MEGAVG_VENV="/nowhere")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: there is no python; make setup makes /nowhere, or set MEGAVG_VENV or")
 
 
 def test_the_folder_of_a_run_is_no_pattern(tmp_path):
